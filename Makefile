@@ -1,0 +1,43 @@
+# Every target makes .venv and installs what it needs; nothing but Python 3.11+ and make is presupposed.
+#   make quickstart                    the whole story, in minutes
+#   make test                          the tests that take minutes; `make test-all` takes those that take longer, too
+#   make check                         formatting, lint, types
+#   make quickstart TORCH_INDEX=URL    take torch from another package index
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+OUT ?= quickstart
+RUN := $(VENV)/bin
+INSTALL := $(PYTHON) tools/install.py --venv $(VENV) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+# Two test processes of one thread each: several threads in several processes slow each other down.
+PYTEST := OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadscope
+
+.PHONY: quickstart install test test-all check format base clean
+
+quickstart: install
+	$(RUN)/toolkit quickstart $(OUT)
+
+install:
+	$(INSTALL) --extras serve
+
+dev:
+	$(INSTALL) --extras dev
+
+test: dev
+	$(PYTEST)
+
+test-all: dev
+	$(PYTEST) -m ""
+
+check: dev
+	$(RUN)/ruff format --check
+	$(RUN)/ruff check
+	$(RUN)/pyright --pythonpath $(RUN)/python
+
+format: dev
+	$(RUN)/ruff format
+	$(RUN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
