@@ -1,0 +1,78 @@
+"""Composition Toolkit: a model is a base plus a composition of deltas.
+
+The names below are imported when they are first used, so that `import toolkit` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from toolkit.adapters.train import train
+    from toolkit.jobs.evaluate import evaluate
+    from toolkit.jobs.inspect import inspect
+    from toolkit.jobs.quickstart import quickstart
+    from toolkit.jobs.recipe import run_recipe as run
+    from toolkit.jobs.route import evaluate_router, explain_route
+    from toolkit.jobs.skills import write_skills
+    from toolkit.merge.plan import make_plan as plan_merge
+    from toolkit.merge.run import merge
+    from toolkit.models.load import load_model
+    from toolkit.routing.router import Router, fit_router, load_router
+    from toolkit.serving.engine import Engine
+    from toolkit.serving.request import Sampling
+    from toolkit.serving.serve import background_server, serve
+
+_PUBLIC = {
+    "Engine": "toolkit.serving.engine:Engine",
+    "Router": "toolkit.routing.router:Router",
+    "Sampling": "toolkit.serving.request:Sampling",
+    "background_server": "toolkit.serving.serve:background_server",
+    "evaluate": "toolkit.jobs.evaluate:evaluate",
+    "evaluate_router": "toolkit.jobs.route:evaluate_router",
+    "explain_route": "toolkit.jobs.route:explain_route",
+    "fit_router": "toolkit.routing.router:fit_router",
+    "inspect": "toolkit.jobs.inspect:inspect",
+    "load_model": "toolkit.models.load:load_model",
+    "load_router": "toolkit.routing.router:load_router",
+    "merge": "toolkit.merge.run:merge",
+    "plan_merge": "toolkit.merge.plan:make_plan",
+    "quickstart": "toolkit.jobs.quickstart:quickstart",
+    "run": "toolkit.jobs.recipe:run_recipe",
+    "serve": "toolkit.serving.serve:serve",
+    "train": "toolkit.adapters.train:train",
+    "write_skills": "toolkit.jobs.skills:write_skills",
+}
+
+__all__ = [
+    "Engine",
+    "Router",
+    "Sampling",
+    "background_server",
+    "evaluate",
+    "evaluate_router",
+    "explain_route",
+    "fit_router",
+    "inspect",
+    "load_model",
+    "load_router",
+    "merge",
+    "plan_merge",
+    "quickstart",
+    "run",
+    "serve",
+    "train",
+    "write_skills",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
