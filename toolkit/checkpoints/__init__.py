@@ -1,0 +1,1 @@
+"""Weights on disk: models, adapters, deltas; knows files and formats, and nothing of methods."""
