@@ -1,0 +1,456 @@
+"""A whole merge from folders to a folder: right values, same bytes however it is run, nothing lost when killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import toolkit
+from tests import tiny
+from toolkit.checkpoints.reader import INDEX, open_checkpoint
+from toolkit.errors import MissingError, OutputError, SpecError
+from toolkit.merge.plan import make_plan
+from toolkit.merge.run import merge
+
+WEIGHTS = (0.5, 0.3, 0.2)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory) -> dict[str, Path]:
+    """A base and three full fine-tunes of it, bfloat16 in several shards."""
+    root = tmp_path_factory.mktemp("family")
+    base = tiny.llama().to(torch.bfloat16)
+    folders = {"base": tiny.save_model(base, root / "base", max_shard_size="60KB")}
+    for i in range(3):
+        folders[f"tuned{i}"] = tiny.save_model(tiny.tuned(base, i), root / f"tuned{i}", max_shard_size="90KB")
+    return folders
+
+
+def spec_of(family: dict[str, Path], method: str, **changes: Any) -> dict[str, Any]:
+    models = [{"model": str(family[f"tuned{i}"]), "parameters": {"weight": w}} for i, w in enumerate(WEIGHTS)]
+    spec: dict[str, Any] = {"merge_method": method, "base_model": str(family["base"]), "models": models}
+    if method == "ties":
+        spec["parameters"] = {"density": 0.4}
+    if method == "slerp":
+        spec["models"] = [{"model": str(family["tuned0"])}, {"model": str(family["base"])}]
+        spec["parameters"] = {"t": 0.3}
+    return spec | changes
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    with open_checkpoint(folder) as checkpoint:
+        return {name: checkpoint.tensor(name) for name in checkpoint.tensors}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of an output but the card, which says when libraries changed."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_values_of_each_method(family, tmp_path):
+    parts = {name: {k: v.double() for k, v in tensors(folder).items()} for name, folder in family.items()}
+    base, tuned = parts["base"], [parts[f"tuned{i}"] for i in range(3)]
+    expected = {
+        "linear": {k: sum(w * t[k] for w, t in zip(WEIGHTS, tuned, strict=True)) for k in base},
+        "task_arithmetic": {
+            k: base[k] + sum(w * (t[k] - base[k]) for w, t in zip(WEIGHTS, tuned, strict=True)) for k in base
+        },
+        "slerp": {k: _slerp(base[k], tuned[0][k], 0.3) for k in base},
+    }
+    for method, wanted in expected.items():
+        result = merge(spec_of(family, method), tmp_path / method, quiet=True)
+        got = tensors(result.path)
+        assert set(got) == set(wanted)
+        for name, value in wanted.items():
+            assert got[name].dtype == torch.bfloat16
+            # Computed in float32 and rounded once: at most one rounding step from the exact value.
+            np.testing.assert_allclose(got[name].double(), value, rtol=2**-8, atol=1e-7)
+            exact = value.to(torch.bfloat16) == got[name]
+            assert exact.float().mean() > 0.99
+
+
+def _slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """Interpolate from the base (t = 0), although the spec lists it second."""
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    if cosine.abs() > 0.9995:
+        return (1 - t) * a + t * b
+    angle = torch.arccos(cosine)
+    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+
+
+def test_output_is_a_model_that_loads_and_says_what_it_is(family, tmp_path):
+    result = merge(spec_of(family, "ties", dtype="float32"), tmp_path / "out", quiet=True)
+    model = AutoModelForCausalLM.from_pretrained(result.path)
+    assert model.dtype == torch.float32
+    assert json.loads((result.path / "config.json").read_text())["dtype"] == "float32"
+    assert AutoTokenizer.from_pretrained(result.path).chat_template
+    card = (result.path / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == [str(family["base"])]
+    assert "merge_method: ties" in card
+    assert "tuned2" in card
+    assert result.to_dict()["tensors"] == len(tensors(family["base"]))
+    assert result.non_finite == []
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp"])
+def test_same_bytes_however_it_is_run(method, family, tmp_path):
+    spec = spec_of(family, method)
+    first = content(merge(spec, tmp_path / "first", quiet=True, workers=1).path)
+    again = content(merge(spec, tmp_path / "again", quiet=True, workers=3).path)
+    assert first == again
+    sharded = merge(spec, tmp_path / "sharded", quiet=True, workers=2, shard_bytes=40_000).path
+    assert (sharded / INDEX).is_file()
+    whole, parts = tensors(tmp_path / "first"), tensors(sharded)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_same_bytes_for_any_hash_seed(family, tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(spec_of(family, "ties")))
+    outputs = []
+    for seed in ("1", "2"):
+        out = tmp_path / seed
+        environment = dict(os.environ, PYTHONHASHSEED=seed)
+        subprocess.run([sys.executable, "-m", "toolkit", "merge", path, out, "-q"], check=True, env=environment)
+        outputs.append(content(out))
+    assert outputs[0] == outputs[1]
+
+
+def test_parameters_by_layer_and_by_name(family, tmp_path):
+    spec = spec_of(family, "linear")
+    spec["models"] = spec["models"][:2]
+    spec["models"][0]["parameters"]["weight"] = [
+        {"filter": "self_attn", "value": [0.0, 1.0]},
+        {"filter": "re:mlp.up", "value": 1},
+        {"value": 0},
+    ]
+    spec["models"][1]["parameters"]["weight"] = [
+        {"filter": "*self_attn*", "value": [1.0, 0.0]},
+        {"filter": "mlp.up", "value": 0},
+        {"value": 1},
+    ]
+    got = tensors(merge(spec, tmp_path / "out", quiet=True).path)
+    a, b = tensors(family["tuned0"]), tensors(family["tuned1"])
+    for name, value in got.items():
+        if "mlp.up" in name or ("layers.2" in name and "self_attn" in name):
+            assert torch.equal(value, a[name]), name
+        elif "self_attn" not in name or "layers.0" in name:
+            assert torch.equal(value, b[name]), name
+        else:
+            middle = (a[name].double() + b[name].double()) / 2
+            np.testing.assert_allclose(value.double(), middle, rtol=2**-8, atol=1e-7)
+
+
+def test_last_anchor_reaches_the_final_norm_and_the_head(family, tmp_path):
+    spec = spec_of(family, "slerp", parameters={"t": [0.0, 1.0]})
+    got = tensors(merge(spec, tmp_path / "out", quiet=True).path)
+    base, tuned = tensors(family["base"]), tensors(family["tuned0"])
+    assert torch.equal(got["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    assert torch.equal(got["model.norm.weight"], tuned["model.norm.weight"])
+    assert torch.equal(got["lm_head.weight"], tuned["lm_head.weight"])
+
+
+def test_models_in_memory_and_loras_and_folders_in_one_merge(base, loras, tmp_path):
+    model = tiny.tuned(tiny.llama(), 5)
+    spec = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [
+            {"model": str(loras["dora"]), "parameters": {"weight": 0.5}},
+            {"model": model, "parameters": {"weight": 0.25}},
+            {"model": f"{base}+{loras['rslora']}"},
+        ],
+    }
+    got = tensors(toolkit.merge(spec, tmp_path / "out", quiet=True).path)
+    start = tensors(base)
+    dora, rs = (tiny.load_merged(base, loras[k]).state_dict() for k in ("dora", "rslora"))
+    for name, value in got.items():
+        b = start[name].double()
+        expected = b + 0.5 * (dora[name] - b) + 0.25 * (model.state_dict()[name] - b) + (rs[name] - b)
+        np.testing.assert_allclose(value.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_that_no_lora_touches_are_the_base_bit_for_bit(base, loras, tmp_path):
+    models = [
+        {"model": str(loras["few"]), "parameters": {"weight": 0.3}},
+        {"model": str(loras["few"]), "parameters": {"weight": 0.9}},
+    ]
+    for method in ("linear", "ties"):
+        got = tensors(
+            merge(
+                {"merge_method": method, "base_model": str(base), "models": models}, tmp_path / method, quiet=True
+            ).path
+        )
+        start = tensors(base)
+        changed = {name for name in got if not torch.equal(got[name], start[name])}
+        assert changed == {n for n in start if "q_proj" in n or "down_proj" in n}
+
+
+def test_adapters_find_their_own_base(base, loras, tmp_path):
+    spec = {"merge_method": "task_arithmetic", "models": [{"model": str(loras["plain"])}]}
+    got = tensors(merge(spec, tmp_path / "out", quiet=True).path)
+    expected = tiny.load_merged(base, loras["plain"]).state_dict()
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_tied_heads_stay_tied_and_mixed_ones_come_apart(tmp_path):
+    tied = tiny.save_model(tiny.llama(1, tie_word_embeddings=True), tmp_path / "tied")
+    tied_too = tiny.save_model(tiny.llama(2, tie_word_embeddings=True), tmp_path / "tied_too")
+    apart = tiny.save_model(tiny.llama(3), tmp_path / "apart")
+    same = {
+        "merge_method": "linear",
+        "parameters": {"weight": 1},
+        "models": [{"model": str(tied)}, {"model": str(tied_too)}],
+    }
+    merge(same, tmp_path / "same", quiet=True)
+    assert "lm_head.weight" not in tensors(tmp_path / "same")
+    mixed = same | {"models": [{"model": str(tied)}, {"model": str(apart)}]}
+    merge(mixed, tmp_path / "mixed", quiet=True)
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    expected = (tensors(tied)["model.embed_tokens.weight"] + tensors(apart)["lm_head.weight"]) / 2
+    torch.testing.assert_close(tensors(tmp_path / "mixed")["lm_head.weight"], expected)
+
+
+def test_non_finite_outputs_are_named(family, tmp_path):
+    broken = tiny.llama().to(torch.bfloat16)
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+        broken.model.norm.weight[0] = float("inf")
+    spec = spec_of(family, "linear")
+    spec["models"][1]["model"] = str(tiny.save_model(broken, tmp_path / "broken"))
+    result = merge(spec, tmp_path / "out", quiet=True)
+    assert result.non_finite == ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+
+
+def test_all_errors_of_a_spec_at_once_with_their_lines(family, tmp_path):
+    path = tmp_path / "merge.yaml"
+    path.write_text(
+        f"""merge_method: ties
+base_model: {family["base"]}
+models:
+  - model: {family["tuned0"]}
+    parameters: {{weight: 0.5, densty: 0.3}}
+  - model: {tmp_path}/absent
+    parameters: {{weight: [{{filter: mlp, valu: 1}}]}}
+  - model: {family["tuned1"]}
+    parameters: {{normalize: true}}
+parameters: {{lambda: []}}
+dtype: float61
+"""
+    )
+    with pytest.raises(SpecError) as caught:
+        merge(path, tmp_path / "out", quiet=True)
+    text = str(caught.value)
+    for part in (
+        "line 5: models[0].parameters.densty: ties has no parameter 'densty'; did you mean 'density'?",
+        "line 6: models[1].model",
+        "line 7: models[1].parameters.weight: unknown key 'valu'",
+        "line 9: models[2].parameters.normalize: 'normalize' is one value for all models",
+        "line 10: parameters.lambda: an empty list",
+        "line 11: dtype: unknown dtype 'float61'",
+    ):
+        assert part in text
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"merge_method": "lineer"}, "did you mean 'linear'"),
+        ({"base_model": None, "merge_method": "task_arithmetic"}, "base_model: required by task_arithmetic"),
+        ({"merge_method": "slerp", "parameters": {"t": 0.5}}, "models: slerp takes exactly 2, got 3"),
+        ({"merge_method": "linear", "models": [{"model": "x/y/z"}]}, "x/y/z: no such folder"),
+        ({"densty": 0.3}, "densty: unknown key 'densty'"),
+        ({"models": []}, "models: List should have at least 1 item"),
+        ({"output": {"type": "adapter"}}, "every model must be a LoRA folder"),
+    ],
+)
+def test_bad_specs(change, message, family, tmp_path):
+    spec = spec_of(family, "linear") | change
+    for model in spec["models"]:
+        if spec["merge_method"] == "slerp":
+            model["parameters"] = {}
+    with pytest.raises(SpecError) as caught:
+        merge(spec, tmp_path / "out", quiet=True)
+    assert message in str(caught.value)
+
+
+def test_models_that_do_not_fit(family, tmp_path):
+    other = tiny.save_model(tiny.llama(hidden_size=32, num_hidden_layers=2), tmp_path / "other")
+    spec = spec_of(family, "linear")
+    spec["models"][1]["model"] = str(other)
+    with pytest.raises(SpecError) as caught:
+        merge(spec, tmp_path / "out", quiet=True)
+    text = str(caught.value)
+    assert "models[1].model: lacks model.layers.2" in text
+    assert "shape [262, 32], but [262, 48]" in text
+
+
+def test_value_out_of_range_names_its_place(family, tmp_path):
+    spec = spec_of(family, "ties")
+    spec["models"][2]["parameters"]["density"] = 1.5
+    with pytest.raises(SpecError, match=r"models\[2\]\.parameters\.density: Input should be less than or equal to 1"):
+        merge(spec, tmp_path / "out", quiet=True)
+    missing = spec_of(family, "linear")
+    del missing["models"][1]["parameters"]
+    with pytest.raises(SpecError, match=r"models\[1\]\.parameters\.weight: required by linear"):
+        merge(missing, tmp_path / "out", quiet=True)
+
+
+def test_plan_reads_no_weights_and_counts_them(family, tmp_path):
+    plan = make_plan(spec_of(family, "ties"), shard_bytes=50_000)
+    total = sum(t.nbytes for t in tensors(family["base"]).values())
+    assert plan.write_bytes == total
+    assert plan.read_bytes == 4 * total
+    assert len(plan.shards) > 3
+    assert {job.action for job in plan.jobs} == {"merge"}
+    assert plan.to_dict()["tensors"][0]["parameters"]["density"] == (0.4, 0.4, 0.4)
+    assert "ties" in plan.table().to_markdown()
+
+
+KILLED = """
+import sys, time
+import toolkit.merge.run as run
+slow = run._Worker.run
+def patched(self, job):
+    time.sleep(0.01)
+    return slow(self, job)
+run._Worker.run = patched
+run.FLUSH_EVERY = 0.02
+run.merge(sys.argv[1], sys.argv[2], quiet=True, workers=2, shard_bytes=60_000)
+"""
+
+
+def kill_and_resume(spec: Path, out: Path, delay: float, expected: dict[str, bytes]) -> bool:
+    """Kill a merge after a while, resume it, compare; tell whether the kill came in the middle."""
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(spec), str(out)])
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if out.exists():
+        assert content(out) == expected
+        return False
+    journal = out.parent / f".{out.name}.partial" / "journal.jsonl"
+    begun = journal.is_file() and journal.read_text().count("\n") > 1
+    merge(spec, out, quiet=True, resume=True, workers=1, shard_bytes=60_000)
+    assert content(out) == expected
+    assert not list(out.parent.glob(f".{out.name}*"))
+    return begun
+
+
+def check_kills(family, tmp_path, moments: int) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(yaml.safe_dump(spec_of(family, "ties")))
+    expected = content(merge(spec, tmp_path / "undisturbed", quiet=True, shard_bytes=60_000).path)
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", KILLED, str(spec), str(tmp_path / "timed")], check=True)
+    whole = time.perf_counter() - started
+    rng = random.Random(0)
+    in_the_middle = 0
+    for i in range(moments * 4):
+        in_the_middle += kill_and_resume(spec, tmp_path / f"killed{i}", whole * rng.uniform(0.3, 1.0), expected)
+        if in_the_middle >= moments:
+            return
+    pytest.fail(f"only {in_the_middle} of the kills came in the middle of the work")
+
+
+def test_killed_merge_resumes_to_the_same_bytes(family, tmp_path):
+    check_kills(family, tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_merge_killed_twenty_times(family, tmp_path):
+    check_kills(family, tmp_path, 20)
+
+
+def test_resume_refuses_what_changed_since(family, tmp_path):
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(yaml.safe_dump(spec_of(family, "ties")))
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(spec), str(tmp_path / "out")])
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    while not (journal.is_file() and journal.read_text().count("\n") > 2):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    other = spec_of(family, "ties") | {"parameters": {"density": 0.6}}
+    with pytest.raises(OutputError, match="another spec or of inputs that changed"):
+        merge(other, tmp_path / "out", quiet=True, resume=True, shard_bytes=60_000)
+    merge(other, tmp_path / "out", quiet=True)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_input_that_disappears_leaves_no_half_model(family, tmp_path, monkeypatch):
+    import toolkit.merge.run as run
+
+    copy = tiny.save_model(tiny.llama().to(torch.bfloat16), tmp_path / "copy")
+    spec = spec_of(family, "linear")
+    spec["models"][0]["model"] = str(copy)
+    real = run._Worker.run
+
+    def shrinking(self, job):
+        os.truncate(copy / "model.safetensors", 500)
+        return real(self, job)
+
+    monkeypatch.setattr(run._Worker, "run", shrinking)
+    with pytest.raises(ValueError, match="became shorter"):
+        merge(spec, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_spec_file(tmp_path):
+    with pytest.raises(MissingError, match="no such spec file"):
+        merge(tmp_path / "absent.yaml", tmp_path / "out")
+
+
+def test_memory_does_not_grow_with_the_tensors(tmp_path):
+    """Merge 600 MB with one tensor of 300 MB, and stay far below either."""
+    from safetensors.numpy import save_file
+
+    big = {
+        "model.embed_tokens.weight": np.zeros((75_000, 1000), np.float32),
+        "model.layers.0.w": np.zeros((3000, 1000), np.float32),
+    }
+    for name in ("base", "a"):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({k: v + (name == "a") for k, v in big.items()}, folder / "model.safetensors")
+    spec = {
+        "merge_method": "ties",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / "a")}],
+        "parameters": {"density": 0.5},
+    }
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    code = (
+        "import re, sys\n"
+        "from pathlib import Path\n"
+        "from toolkit.merge.run import merge\n"
+        "merge(sys.argv[1], sys.argv[2], quiet=True, workers=2)\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "spec.yaml", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(run.stdout) < 150 * 1024, f"peak resident memory {int(run.stdout) // 1024} MiB"

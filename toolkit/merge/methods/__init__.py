@@ -1,0 +1,1 @@
+"""Merge methods, one per file; `toolkit.merge.method` says what a file declares."""

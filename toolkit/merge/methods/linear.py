@@ -1,0 +1,56 @@
+"""Weighted average of weights: `sum_i w_i theta_i / sum_i w_i`.
+
+Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
+increasing inference time", 2022 (arXiv:2203.05482).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import model_validator
+
+from toolkit.checkpoints.dtypes import Floats
+from toolkit.merge.method import MethodParams
+from toolkit.merge.ops import weighted_sum
+
+TAKES = "weights"
+MODELS = (1, None)
+
+
+class Params(MethodParams):
+    """Parameters of `linear`.
+
+    Attributes:
+        weight: of each model.
+        normalize: divide by the sum of the weights.
+    """
+
+    weight: tuple[float, ...]
+    normalize: bool = True
+
+    @model_validator(mode="after")
+    def _can_normalize(self) -> Params:
+        if self.normalize and not sum(self.weight):
+            raise ValueError("the weights sum to 0, which cannot be normalized")
+        return self
+
+
+def combine(x: Floats, params: Params, state: None, start: int) -> Floats:
+    """Average one chunk `[M, N]`."""
+    total = weighted_sum(x, params.weight)
+    if params.normalize:
+        np.divide(total, np.float32(sum(params.weight)), out=total)
+    return total
+
+
+def coefficients(params: Params) -> list[float] | None:
+    """Return the factor of each model's delta; a sum that is not normalized scales the base as well."""
+    if not idempotent(params):
+        return None
+    total = sum(params.weight) if params.normalize else 1.0
+    return [weight / total for weight in params.weight]
+
+
+def idempotent(params: Params) -> bool:
+    """Tell whether equal models give that model."""
+    return params.normalize or sum(params.weight) == 1

@@ -1,0 +1,179 @@
+"""Turn the parameter values of a spec into numbers for one tensor.
+
+A value is a scalar; a list of numbers, anchors that are spread evenly over the layers and interpolated; or a list
+of `{filter, value}`, of which the first that matches the tensor's name holds. A filter is a part of a name, a
+glob when it contains `*`, `?` or `[`, or a regular expression after `re:`; without a filter it matches all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
+
+from toolkit import specs
+from toolkit.checkpoints.layout import Layout
+from toolkit.errors import Problem
+from toolkit.merge.method import Method, MethodParams
+from toolkit.merge.spec import MergeSpec
+from toolkit.names import did_you_mean
+
+Scalar = float | int | bool | str
+
+
+def evaluate(value: Any, name: str, depth: float) -> Scalar | None:
+    """Return the value for a tensor at `depth` (0 to 1), or `None` when no filter matches."""
+    if not isinstance(value, Mapping | list):
+        return value
+    if isinstance(value, Mapping):
+        value = [value]
+    if all(_is_number(anchor) for anchor in value):
+        position = depth * (len(value) - 1)
+        low = min(int(position), len(value) - 1)
+        high = min(low + 1, len(value) - 1)
+        share = position - low
+        return (1 - share) * value[low] + share * value[high]
+    for case in value:
+        if matches(case.get("filter"), name):
+            return evaluate(case["value"], name, depth)
+    return None
+
+
+def matches(pattern: str | None, name: str) -> bool:
+    """Tell whether a filter matches a tensor's name."""
+    if not pattern or pattern == "*":
+        return True
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    if any(c in pattern for c in "*?["):
+        return fnmatchcase(name, pattern)
+    return pattern in name
+
+
+def check(spec: MergeSpec, method: Method) -> list[Problem]:
+    """Find parameters that the method does not know, or whose values have a wrong form."""
+    found: list[Problem] = []
+    blocks = [("parameters", spec.parameters, method.per_model() | method.shared())]
+    blocks += [(f"models[{i}].parameters", m.parameters, method.per_model()) for i, m in enumerate(spec.models)]
+    for where, block, known in blocks:
+        for key, value in block.items():
+            place = f"{where}.{key}"
+            if key in known:
+                found += [Problem(place, message) for message in _faults(value)]
+            elif key in method.shared():
+                found.append(Problem(place, f"{key!r} is one value for all models; move it to parameters"))
+            else:
+                hint = did_you_mean(key, known) or f" (known: {', '.join(sorted(known)) or 'none'})"
+                found.append(Problem(place, f"{method.name} has no parameter {key!r}{hint}"))
+    return found
+
+
+class Resolver:
+    """Parameters of every tensor of a merge.
+
+    Args:
+        spec: checked by `check`.
+        method: of the spec.
+        layout: of the output's tensor names.
+        inputs: positions in `spec.models` of the inputs that take part.
+    """
+
+    def __init__(self, spec: MergeSpec, method: Method, layout: Layout, inputs: Sequence[int]) -> None:
+        self.spec, self.method, self.layout, self.inputs = spec, method, layout, list(inputs)
+        self._seen: dict[tuple[Any, ...], MethodParams | list[Problem]] = {}
+
+    def resolve(self, name: str) -> MethodParams | list[Problem]:
+        """Return the parameters of a tensor, or what is wrong with them."""
+        depth = self.layout.depth(name)
+        values = {key: self._value(key, name, depth) for key in self._keys()}
+        identity = tuple(values.items())
+        if identity not in self._seen:
+            self._seen[identity] = self._validated(values, name)
+        return self._seen[identity]
+
+    def _keys(self) -> Iterator[str]:
+        for name, field in self.method.params.model_fields.items():
+            yield field.alias or name
+
+    def _value(self, key: str, name: str, depth: float) -> Any:
+        shared = evaluate(self.spec.parameters.get(key), name, depth)
+        if key in self.method.shared():
+            return shared
+        own = [evaluate(self.spec.models[i].parameters.get(key), name, depth) for i in self.inputs]
+        return tuple(shared if value is None else value for value in own)
+
+    def _validated(self, values: Mapping[str, Any], name: str) -> MethodParams | list[Problem]:
+        given: dict[str, Any] = {}
+        found: list[Problem] = []
+        for field_name, field in self.method.params.model_fields.items():
+            key = field.alias or field_name
+            value = values[key]
+            default = None if field.default is PydanticUndefined else field.default
+            if isinstance(value, tuple):
+                rest = [default[0] if default else None] * len(value)
+                value = tuple(r if v is None else v for v, r in zip(value, rest, strict=True))
+                missing = [i for i, v in zip(self.inputs, value, strict=True) if v is None]
+                found += [Problem(f"models[{i}].parameters.{key}", self._missing(key, name)) for i in missing]
+            elif value is None and default is None:
+                found.append(Problem(f"parameters.{key}", self._missing(key, name)))
+            if value is not None:
+                given[key] = value
+        if found:
+            return found
+        try:
+            return self.method.params.model_validate(given)
+        except ValidationError as error:
+            found = specs.problems(error, given, self.method.params, {})
+            return [Problem(self._place(p.where), p.message) for p in found]
+
+    def _missing(self, key: str, name: str) -> str:
+        here = self.spec.parameters.get(key) is not None
+        return f"no filter matches {name}" if here else f"required by {self.method.name}"
+
+    def _place(self, where: str) -> str:
+        """Turn `weight[1]` of the resolved parameters into a place in the spec."""
+        key, _, rest = where.partition("[")
+        if rest:
+            index = self.inputs[int(rest.rstrip("]"))]
+            if key in self.spec.models[index].parameters:
+                return f"models[{index}].parameters.{key}"
+        return f"parameters.{key}"
+
+
+def _faults(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return _case_faults(value)
+    if not isinstance(value, list):
+        return [] if isinstance(value, float | int | bool | str) else [f"expected a value, got {value!r}"]
+    if not value:
+        return ["an empty list"]
+    if all(_is_number(v) for v in value):
+        return []
+    if all(isinstance(v, Mapping) for v in value):
+        return [fault for case in value for fault in _case_faults(case)]
+    return ["a list holds either numbers (anchors over the layers) or {filter, value} entries"]
+
+
+def _case_faults(case: Mapping[str, Any]) -> list[str]:
+    unknown = [key for key in case if key not in ("filter", "value")]
+    if unknown:
+        return [f"unknown key {unknown[0]!r} beside filter and value"]
+    if "value" not in case:
+        return ["an entry without value"]
+    pattern = case.get("filter")
+    if pattern is not None and not isinstance(pattern, str):
+        return [f"a filter is text, got {pattern!r}"]
+    if pattern and pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            return [f"filter {pattern!r} is not a regular expression ({error})"]
+    return _faults(case["value"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
