@@ -1,0 +1,1 @@
+"""Adapters: train deltas of a base, and put them together."""

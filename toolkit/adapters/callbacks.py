@@ -1,0 +1,100 @@
+"""What happens during training besides training: metrics to a file and TensorBoard, progress to the terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from toolkit.adapters.runs import step_of
+from toolkit.progress import Progress, track
+
+
+def tensorboard(folder: Path) -> TensorBoardCallback:
+    """Return the callback that writes TensorBoard's event files."""
+    from tensorboardX import SummaryWriter
+
+    return TensorBoardCallback(SummaryWriter(str(folder)))
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every logged entry to a JSONL file.
+
+    Args:
+        path: of the file.
+        checkpoint: that training goes on from; entries after its step are dropped, since they come again.
+    """
+
+    def __init__(self, path: Path, checkpoint: Path | None) -> None:
+        self.path = path
+        last = step_of(checkpoint) if checkpoint else 0
+        lines = path.read_text(encoding="utf-8").splitlines() if checkpoint and path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= last]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one entry."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+class ShowProgress(TrainerCallback):
+    """Shows steps, loss, and tokens per second.
+
+    Args:
+        label: of the bar.
+        quiet: show nothing.
+    """
+
+    def __init__(self, label: str, quiet: bool) -> None:
+        self.label, self.quiet = label, quiet
+        self.stack = ExitStack()
+        self.progress: Progress | None = None
+        self.losses: dict[str, float] = {}
+        self.started = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar."""
+        shown = track(f"training {self.label}", state.max_steps, unit="steps", quiet=self.quiet)
+        self.progress = self.stack.enter_context(shown)
+        self.progress.advance(state.global_step)
+        self.started = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count a step."""
+        if self.progress:
+            self.progress.advance()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the newest losses."""
+        self.losses |= {key: value for key, value in (logs or {}).items() if key in ("loss", "eval_loss")}
+        if self.progress:
+            self.progress.note(" ".join(f"{key} {float(value):.4f}" for key, value in self.losses.items()))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the bar."""
+        self.stack.close()
+        self.progress = None

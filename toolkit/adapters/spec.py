@@ -1,0 +1,139 @@
+"""The training spec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, PlainSerializer, model_validator
+
+from toolkit.specs import Files, Folder, Spec
+
+Base = Annotated[Any, PlainSerializer(lambda b: str(b) if isinstance(b, str | Path) else type(b).__name__)]
+"""A folder, a hub id, `toolkit:base`, or a pair `(model, tokenizer)` in memory."""
+
+
+class AdapterSpec(Spec):
+    """What is trained.
+
+    Attributes:
+        method: `lora`, with the fields of PEFT's `LoraConfig` beside it; or `full`, every weight of the model.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    method: Literal["lora", "full"] = "lora"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The method's own fields."""
+        return dict(self.model_extra or {})
+
+
+class DataSpec(Spec):
+    """What it is trained on.
+
+    Attributes:
+        train: JSONL files of `prompt` and `completion`, `messages`, or `text`.
+        validation: JSONL files on which the loss is measured.
+        train_on_inputs: train prompts as well as answers.
+        max_length: most tokens of a row; by default what the model can take.
+        packing: put several short rows into one, kept apart from each other.
+        too_long: what to do with a longer row.
+        empty: what to do with a row in which no token is trained.
+    """
+
+    train: Files
+    validation: Files | None = None
+    train_on_inputs: bool = False
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    packing: bool = False
+    too_long: Literal["error", "truncate", "skip"] = "error"
+    empty: Literal["error", "skip"] = "error"
+
+
+class TrainingSpec(Spec):
+    """How it is trained; the names are those of transformers.
+
+    Attributes:
+        num_epochs: passes over the data, when `max_steps` is not given.
+        max_steps: optimizer steps.
+        batch_size: rows per forward pass and device.
+        gradient_accumulation_steps: forward passes per optimizer step.
+        learning_rate: at its peak.
+        lr_scheduler: its course.
+        warmup_steps: steps in which it rises; below 1 a share of all steps.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+        optimizer: as transformers names it.
+        precision: `auto` is bfloat16 where the device computes with it, else float32.
+        seed: of the initial adapter, the order of the data, and dropout.
+        logging_steps: steps between two entries of the metrics.
+        eval_steps: steps between two evaluations; by default one per epoch.
+        save_steps: steps between two checkpoints, which `--resume` goes on from; by default none are kept.
+        save_total_limit: newest checkpoints that are kept.
+        early_stopping_patience: evaluations without a better loss after which training stops; the best
+            checkpoint is then the result.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        report_to: besides the JSONL file of metrics.
+    """
+
+    num_epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "linear"
+    warmup_steps: Annotated[float, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    optimizer: str = "adamw_torch"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+    logging_steps: Annotated[int, Field(ge=1)] = 10
+    eval_steps: Annotated[int, Field(ge=1)] | None = None
+    save_steps: Annotated[int, Field(ge=1)] | None = None
+    save_total_limit: Annotated[int, Field(ge=1)] = 2
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    gradient_checkpointing: bool = False
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+
+
+class TrainSpec(Spec):
+    """A training run.
+
+    Attributes:
+        base: model to start from.
+        initialize: `pretrained`, or `random` weights for a folder with a config and a tokenizer alone.
+        adapter: what is trained.
+        data: what it is trained on.
+        training: how.
+        out: folder to write: a PEFT adapter, or a model where every weight is trained.
+        save_dtype: of the weights of such a model, such as bfloat16; by default float32, as they are trained.
+        device: `auto`, `cpu`, `cuda`, ...
+        trust_remote_code: run code that comes with the model.
+    """
+
+    base: Base
+    initialize: Literal["pretrained", "random"] = "pretrained"
+    adapter: AdapterSpec = AdapterSpec()
+    data: DataSpec
+    training: TrainingSpec = TrainingSpec()
+    out: Folder | None = None
+    save_dtype: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSpec:
+        if self.training.early_stopping_patience and not self.data.validation:
+            raise ValueError("training.early_stopping_patience needs data.validation")
+        if self.save_dtype and self.adapter.method != "full":
+            raise ValueError("save_dtype needs adapter.method: full; adapters are saved as they are trained")
+        if self.save_dtype and self.save_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"save_dtype is float32, bfloat16 or float16, not {self.save_dtype}")
+        if self.initialize == "random" and self.adapter.method != "full":
+            raise ValueError(
+                "initialize: random needs adapter.method: full; an adapter of random weights learns nothing"
+            )
+        return self

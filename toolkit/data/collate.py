@@ -1,0 +1,44 @@
+"""Batches of rows of different length as rectangular tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from toolkit.data.pack import Packed
+from toolkit.data.render import IGNORED
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Collator:
+    """Pads rows on the right.
+
+    No attention mask is passed: padding stands after every real token, where a causal model never looks, and
+    continues the positions of the last document, so that transformers sees documents only where there are some.
+
+    Args:
+        pad: id of the padding token.
+    """
+
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+
+    def __call__(self, rows: Sequence[Packed]) -> dict[str, torch.Tensor]:
+        """Return `input_ids`, `labels` and `position_ids`, each `[B, T]`."""
+        import torch
+
+        length = max(len(row.tokens) for row in rows)
+        tokens, labels, positions = [], [], []
+        for row in rows:
+            missing = length - len(row.tokens)
+            after = row.positions[-1] + 1
+            tokens.append(row.tokens + [self.pad] * missing)
+            labels.append(row.labels + [IGNORED] * missing)
+            positions.append([*row.positions, *range(after, after + missing)])
+        return {
+            "input_ids": torch.tensor(tokens),
+            "labels": torch.tensor(labels),
+            "position_ids": torch.tensor(positions),
+        }

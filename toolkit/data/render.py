@@ -1,0 +1,178 @@
+"""Turn rows into tokens and labels, so that exactly the wanted tokens are trained.
+
+- `messages`: through the tokenizer's chat template; trained are the spans that it marks with `{% generation %}`.
+- `prompt` and `completion`: the completion and the end-of-text token are trained.
+- `text`: everything is trained.
+
+With `train_on_inputs` everything is trained in any row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from toolkit.data.rows import FORMS, Row, messages
+from toolkit.data.tokenizer import Tokenizer
+from toolkit.errors import DataError
+
+IGNORED = -100
+"""Label of a token that is not trained."""
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Policy = Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One rendered row.
+
+    Attributes:
+        tokens: ids.
+        labels: ids, or -100 where the token is not trained; the model shifts them.
+    """
+
+    tokens: list[int]
+    labels: list[int]
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that contribute to the loss; the first token is never predicted."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass
+class RenderReport:
+    """What became of the rows of a data set.
+
+    Attributes:
+        rows: rows read.
+        kept: examples made.
+        tokens: of all examples.
+        trained: tokens that contribute to the loss.
+        truncated: examples that were cut to the longest length.
+        skipped: places of rows that were left out, by reason.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    tokens: int = 0
+    trained: int = 0
+    truncated: int = 0
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, int | dict[str, int]]:
+        """Return the counts."""
+        skipped = {reason: len(places) for reason, places in self.skipped.items()}
+        return {**{k: v for k, v in vars(self).items() if isinstance(v, int)}, "skipped": skipped}
+
+
+class Renderer:
+    """Renders rows with one tokenizer.
+
+    Args:
+        tokenizer: of the model that is trained.
+        max_length: most tokens of an example.
+        too_long: what to do with a longer row.
+        empty: what to do with a row in which no token is trained.
+        train_on_inputs: train prompts as well as answers.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_length: int,
+        too_long: Literal["error", "truncate", "skip"] = "error",
+        empty: Policy = "error",
+        *,
+        train_on_inputs: bool = False,
+    ) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.too_long, self.empty = too_long, empty
+        self.train_on_inputs = train_on_inputs
+
+    def render_all(self, rows: Sequence[Row]) -> tuple[list[Example], RenderReport]:
+        """Render every row.
+
+        Raises:
+            DataError: a row that cannot be rendered, or all rows were left out.
+        """
+        report = RenderReport(rows=len(rows))
+        examples = [example for row in rows if (example := self._render_counted(row, report))]
+        report.kept = len(examples)
+        report.tokens = sum(len(e.tokens) for e in examples)
+        report.trained = sum(e.num_trained for e in examples)
+        if not examples:
+            raise DataError(f"{rows[0].place}: every row was skipped ({report.to_dict()['skipped']})")
+        return examples, report
+
+    def render(self, row: Row) -> Example:
+        """Render one row, whatever its length."""
+        if "messages" in row.data:
+            return self._chat(row)
+        if "prompt" in row.data or "completion" in row.data:
+            return self._completion(row)
+        if isinstance(row.data.get("text"), str):
+            tokens = self._with_end(self._encode(row.data["text"]))
+            return Example(tokens, list(tokens))
+        raise DataError(f"{row.place}: expected {FORMS}, got {', '.join(row.data) or 'no fields'}")
+
+    def _render_counted(self, row: Row, report: RenderReport) -> Example | None:
+        example = self.render(row)
+        if len(example.tokens) > self.max_length:
+            if self.too_long == "error":
+                raise DataError(
+                    f"{row.place}: {len(example.tokens)} tokens, but max_length is {self.max_length};"
+                    " raise it, or set data.too_long to truncate or skip"
+                )
+            if self.too_long == "skip":
+                report.skipped.setdefault("too_long", []).append(row.place)
+                return None
+            report.truncated += 1
+            example = Example(example.tokens[: self.max_length], example.labels[: self.max_length])
+        if not example.num_trained:
+            if self.empty == "error":
+                raise DataError(f"{row.place}: no token of this row is trained; set data.empty to skip to leave it out")
+            report.skipped.setdefault("empty", []).append(row.place)
+            return None
+        return example
+
+    def _chat(self, row: Row) -> Example:
+        chat = messages(row)
+        template = self.tokenizer.chat_template
+        if not template:
+            raise DataError(f"{row.place}: a row of messages, but the tokenizer has no chat template")
+        if not self.train_on_inputs and not _GENERATION.search(str(template)):
+            raise DataError(
+                "the tokenizer's chat template has no {% generation %} block, so no token would be trained;"
+                " wrap the assistant's content in {% generation %} ... {% endgeneration %}"
+            )
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=not self.train_on_inputs
+            )
+        except Exception as error:  # jinja raises what the template raises
+            raise DataError(f"{row.place}: the chat template refuses this row ({error})") from None
+        tokens = encoded["input_ids"]
+        if self.train_on_inputs:
+            return Example(tokens, list(tokens))
+        mask = encoded["assistant_masks"]
+        return Example(tokens, [t if m else IGNORED for t, m in zip(tokens, mask, strict=True)])
+
+    def _completion(self, row: Row) -> Example:
+        prompt, completion = row.data.get("prompt"), row.data.get("completion")
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            raise DataError(f"{row.place}: prompt and completion must both be text")
+        asked = self._encode(prompt)
+        answer = self._with_end(self._encode(completion, special=False)) if completion else []
+        return Example(asked + answer, (asked if self.train_on_inputs else [IGNORED] * len(asked)) + answer)
+
+    def _encode(self, text: str, special: bool = True) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=special)
+
+    def _with_end(self, tokens: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]

@@ -1,0 +1,123 @@
+"""Read rows from JSONL files; every fault names the file and the line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.checkpoints.writer import write_text
+from toolkit.errors import DataError, MissingError
+
+FORMS = "prompt and completion, messages, or text"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a file.
+
+    Attributes:
+        data: its fields.
+        place: `file:line`, for messages.
+    """
+
+    data: Mapping[str, Any]
+    place: str
+
+
+def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
+    """Read every row of one or more JSONL files, in order.
+
+    Raises:
+        MissingError: no such file.
+        DataError: a line that is no JSON object, text that is not UTF-8, or a file without rows.
+    """
+    files = [paths] if isinstance(paths, str | Path) else list(paths)
+    return [row for file in files for row in _read_file(Path(file).expanduser())]
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSONL."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def user_text(row: Row) -> str:
+    """Return what a user asked in a row: the prompt, the last user message, or the text.
+
+    Raises:
+        DataError: the row has none of these.
+    """
+    if isinstance(row.data.get("prompt"), str):
+        return row.data["prompt"]
+    if "messages" in row.data:
+        asked = [m["content"] for m in messages(row) if m["role"] == "user"]
+        if asked:
+            return asked[-1]
+        raise DataError(f"{row.place}: no message of the role user")
+    if isinstance(row.data.get("text"), str):
+        return row.data["text"]
+    raise DataError(f"{row.place}: expected {FORMS}, got {_fields(row)}")
+
+
+def messages(row: Row) -> list[dict[str, str]]:
+    """Return the messages of a chat row, checked.
+
+    Raises:
+        DataError: not a list of `{role, content}` texts.
+    """
+    found = row.data.get("messages")
+    if not isinstance(found, list) or not found:
+        raise DataError(f"{row.place}: messages is not a list of messages")
+    for index, message in enumerate(found):
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise DataError(f"{row.place}: messages[{index}] is not {{role, content}} with two texts")
+    return found
+
+
+def split_answer(row: Row) -> tuple[list[dict[str, str]] | str, str]:
+    """Split a row into what is asked (chat messages, or a prompt text) and the expected answer.
+
+    Raises:
+        DataError: no answer in the row.
+    """
+    if "messages" in row.data:
+        chat = messages(row)
+        if chat[-1]["role"] != "assistant":
+            raise DataError(f"{row.place}: the last message is not the assistant's, so there is no answer to compare")
+        return chat[:-1], chat[-1]["content"]
+    prompt, completion = row.data.get("prompt"), row.data.get("completion")
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise DataError(f"{row.place}: expected prompt and completion, or messages, got {_fields(row)}")
+    return prompt, completion
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    if not path.is_file():
+        raise MissingError(f"{path}: no such data file")
+    found = False
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            found = True
+            yield Row(_parse(line, f"{path}:{number}"), f"{path}:{number}")
+    if not found:
+        raise DataError(f"{path}: the file has no rows")
+
+
+def _parse(line: bytes, place: str) -> Mapping[str, Any]:
+    try:
+        data = json.loads(line)
+    except UnicodeDecodeError:
+        raise DataError(f"{place}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not valid JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{place}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _fields(row: Row) -> str:
+    return ", ".join(row.data) or "no fields"

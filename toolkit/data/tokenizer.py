@@ -1,0 +1,33 @@
+"""What the toolkit needs of a tokenizer; those of transformers have it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """A transformers tokenizer, as far as it is used here."""
+
+    chat_template: Any
+    pad_token_id: int | None
+    eos_token_id: int | None
+    pad_token: Any
+    eos_token: Any
+    model_max_length: int
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of a text."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of ids."""
+        ...
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: Any) -> Any:
+        """Render chat messages."""
+        ...
+
+    def save_pretrained(self, folder: Any) -> Any:
+        """Write the tokenizer's files."""
+        ...

@@ -1,0 +1,53 @@
+"""Embeddings of texts from the hidden states of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from toolkit.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def mean_hidden_states(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    layer: int = -1,
+    batch_size: int = 32,
+    max_length: int = 512,
+) -> torch.Tensor:
+    """Return the mean over the tokens of each text of the hidden states after a layer.
+
+    Args:
+        model: any transformers model or encoder.
+        tokenizer: of the model.
+        texts: what to embed; longer ones are cut to `max_length` tokens.
+        layer: index into the hidden states: 0 is the embeddings, -1 the last.
+        batch_size: texts per forward pass.
+        max_length: most tokens of a text.
+
+    Returns:
+        `[len(texts), H]` float32 on the CPU.
+    """
+    import torch
+
+    limit = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
+    pad = tokenizer.pad_token_id or 0
+    encoded = [torch.tensor(tokenizer.encode(text)[:limit] or [pad]) for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+    means: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for first in range(0, len(order), batch_size):
+            rows = [encoded[i] for i in order[first : first + batch_size]]
+            tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(model.device)
+            lengths = torch.tensor([len(row) for row in rows], device=model.device)[:, None]
+            mask = torch.arange(tokens.shape[1], device=model.device)[None] < lengths
+            output = model.base_model(input_ids=tokens, attention_mask=mask.long(), output_hidden_states=True)
+            states = output.hidden_states[layer].float().masked_fill(~mask[..., None], 0)
+            means.append((states.sum(1) / lengths).cpu())
+    return torch.cat(means)[torch.tensor(order).argsort()]
