@@ -1,0 +1,32 @@
+"""Which form of an operation runs: chosen by the caller or by the device, never silently replaced by another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from toolkit.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+Impl = Literal["reference", "torch"]
+
+
+def resolve(impl: Impl | None, offered: Sequence[Impl], device: torch.device, op: str) -> Impl:
+    """Return the form to run.
+
+    Args:
+        impl: what the caller wants; `None` takes the fastest that the device runs.
+        offered: forms that the operation has, fastest first.
+        device: of the tensors.
+        op: name of the operation, for the error.
+
+    Raises:
+        UnsupportedError: the operation has no such form.
+    """
+    if impl is None:
+        return offered[0]
+    if impl not in offered:
+        raise UnsupportedError(f"{op} has no form {impl!r} for {device.type} (known: {', '.join(offered)})")
+    return impl
