@@ -1,0 +1,178 @@
+"""Routers against brute force, through files, and judged by hand-made cases."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.covariance import ledoit_wolf
+from transformers import BertConfig, BertModel
+
+from tests import tiny
+from toolkit.data.rows import write_rows
+from toolkit.errors import CheckpointError, DataError, MissingError, SpecError
+from toolkit.models.hidden import mean_hidden_states
+from toolkit.models.load import load_model, load_tokenizer
+from toolkit.routing.embedding import EmbeddingSpec, open_embedder
+from toolkit.routing.evaluate import judge
+from toolkit.routing.router import Router, fit_router, load_router
+from toolkit.routing.routers.centroid import Params, fit, score
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    texts = {
+        "digits": [f"{i * 37} {i * 91} {i}" for i in range(30)],
+        "letters": [f"some words about {'abcdefghij'[i % 10] * 5}" for i in range(30)],
+    }
+    for name, lines in texts.items():
+        write_rows(folder / f"{name}.jsonl", [{"prompt": line, "completion": "x"} for line in lines])
+    return folder
+
+
+def spec_of(base, prompts, **changes):
+    experts = {name: str(prompts / f"{name}.jsonl") for name in ("digits", "letters")}
+    return {"experts": experts, "embedding": {"model": str(base)}} | changes
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3, 1.0, None])
+def test_centroid_against_brute_force(shrinkage):
+    x = RNG.standard_normal((40, 6)).astype(np.float32) @ RNG.standard_normal((6, 6)).astype(np.float32) + 5
+    labels = np.repeat(np.arange(4), 10)
+    x += labels[:, None] * RNG.standard_normal(6)
+    state = fit(x, labels, 4, Params(shrinkage=shrinkage))
+    means = [x[labels == i].astype(np.float64).mean(0) for i in range(4)]
+    within = np.stack([x[i] - means[labels[i]] for i in range(40)])
+    if shrinkage is None:
+        covariance, share = ledoit_wolf(within, assume_centered=True)
+        assert 0 < share < 1
+    else:
+        covariance = within.T @ within / 40
+        covariance = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / 6 * np.eye(6)
+    new = RNG.standard_normal((7, 6)).astype(np.float32) + 5
+    got = score(new, state)
+    for i in range(7):
+        for j in range(4):
+            d = new[i] - means[j]
+            assert got[i, j] == pytest.approx(-d @ np.linalg.inv(covariance) @ d / 2, rel=1e-3, abs=1e-3)
+
+
+def test_a_single_expert_is_always_chosen():
+    state = fit(np.ones((3, 4), np.float32), np.zeros(3, int), 1, Params())  # prompts that do not differ at all
+    assert np.isfinite(score(np.zeros((2, 4), np.float32), state)).all()
+
+
+@pytest.mark.parametrize("layer", [0, 1, -1])
+def test_embedding_is_the_mean_of_the_hidden_states(layer, base):
+    loaded = load_model(base)
+    texts = ["a", "some longer text", "naïve café", ""]
+    got = mean_hidden_states(loaded.model, loaded.tokenizer, texts, layer=layer, batch_size=3)
+    for text, vector in zip(texts[:3], got, strict=False):
+        with torch.inference_mode():
+            ids = torch.tensor([loaded.tokenizer.encode(text)])
+            states = loaded.model(ids, output_hidden_states=True).hidden_states[layer][0]
+        torch.testing.assert_close(vector, states.mean(0), rtol=1e-4, atol=1e-5)
+    cut = mean_hidden_states(loaded.model, loaded.tokenizer, ["abcdef"], layer=layer, max_length=3)
+    torch.testing.assert_close(cut, mean_hidden_states(loaded.model, loaded.tokenizer, ["abc"], layer=layer))
+
+
+def test_any_encoder_folder_embeds(tmp_path):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 262,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    encoder = BertModel(BertConfig(**sizes)).eval()
+    tiny.save_model(encoder, tmp_path / "encoder")
+    embed = open_embedder(EmbeddingSpec(model=str(tmp_path / "encoder")))
+    tokenizer = load_tokenizer(tmp_path / "encoder")
+    with torch.inference_mode():
+        expected = encoder(torch.tensor([tokenizer.encode("hello")])).last_hidden_state[0].mean(0)
+    np.testing.assert_allclose(embed(["hello", "a much longer text"])[0], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_fitted_router_is_saved_and_loaded(base, prompts, tmp_path):
+    router = fit_router(spec_of(base, prompts), tmp_path / "router", quiet=True)
+    texts = ["12 345 6789", "some words about zzzzz"]
+    choices = router.choose(texts)
+    assert [c.expert for c in choices] == ["digits", "letters"]
+    assert choices[0].margin > 0
+    again = load_router(tmp_path / "router")
+    assert again.version == router.version == json.loads((tmp_path / "router" / "router.json").read_text())["version"]
+    np.testing.assert_array_equal(again.score(texts), router.score(texts))
+    assert sorted(p.name for p in (tmp_path / "router").iterdir()) == ["router.json", "router.safetensors"]
+
+
+def test_embedding_model_can_be_an_object(base, prompts):
+    loaded = load_model(base)
+    router = fit_router(spec_of(base, prompts, embedding={"model": (loaded.model, loaded.tokenizer)}), quiet=True)
+    same = fit_router(spec_of(base, prompts), quiet=True)
+    np.testing.assert_allclose(router.score(["12 3"]), same.score(["12 3"]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"router": "centriod"}, "router: unknown router 'centriod'; did you mean 'centroid'?"),
+        ({"parameters": {"shrinkige": 1}}, "parameters.shrinkige: unknown key 'shrinkige'; did you mean 'shrinkage'?"),
+        ({"experts": {}}, "experts: Dictionary should have at least 1 item"),
+        ({"embeding": 1}, "embeding: unknown key 'embeding'; did you mean 'embedding'?"),
+    ],
+)
+def test_bad_specs(change, message, base, prompts):
+    with pytest.raises(SpecError) as caught:
+        fit_router(spec_of(base, prompts, **change), quiet=True)
+    assert message in str(caught.value)
+
+
+def test_rows_without_a_prompt_and_folders_without_a_router(base, prompts, tmp_path):
+    write_rows(tmp_path / "bad.jsonl", [{"label": 3}])
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: expected prompt and completion, messages, or text"):
+        fit_router(spec_of(base, prompts, experts={"a": str(tmp_path / "bad.jsonl")}), quiet=True)
+    with pytest.raises(MissingError, match=r"no router\.json"):
+        load_router(base)
+    fit_router(spec_of(base, prompts), tmp_path / "router", quiet=True)
+    config = json.loads((tmp_path / "router" / "router.json").read_text())
+    (tmp_path / "router" / "router.json").write_text(json.dumps({k: v for k, v in config.items() if k != "experts"}))
+    with pytest.raises(CheckpointError, match="not a router's config"):
+        load_router(tmp_path / "router")
+
+
+def test_judgement_by_hand():
+    experts = ["a", "b", "base"]
+    labels = np.array([0, 0, 1, 1])
+    chosen = np.array([0, 1, 1, 2])
+    quality = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 1], [0, 1, 0]], float)
+    numbers = judge(experts, labels, chosen, quality).numbers
+    assert numbers["accuracy"] == 50
+    assert numbers["confusion"]["a"] == {"a": 1, "b": 1, "base": 0}
+    assert numbers["confusion"]["b"] == {"a": 0, "b": 1, "base": 1}
+    assert numbers["quality"] == {
+        "router": 75.0,
+        "own expert": 100.0,
+        "always base": 25.0,
+        "best single (b)": 75.0,
+        "random": 62.5,
+        "oracle": 100.0,
+    }
+
+
+def test_first_of_equal_experts_wins():
+    state = {
+        "center": np.zeros(2, np.float32),
+        "whitening": np.eye(2, dtype=np.float32),
+        "centroids": np.ones((2, 2), np.float32),
+    }
+    router = Router(
+        "centroid", ["x", "y"], state, EmbeddingSpec(model="m"), lambda texts: np.ones((len(texts), 2), np.float32)
+    )
+    assert router.choose(["?"])[0].expert == "x"
+    assert router.choose([]) == []

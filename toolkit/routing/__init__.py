@@ -1,0 +1,1 @@
+"""Routing: choose the composition for each request."""

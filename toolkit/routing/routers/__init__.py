@@ -1,0 +1,1 @@
+"""Routers, one per file; `toolkit.routing.router` says what a file declares."""

@@ -1,0 +1,48 @@
+"""The spec of a router."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from toolkit.routing.embedding import EmbeddingSpec
+from toolkit.specs import Files, Folder, Spec
+
+
+class ExpertSpec(Spec):
+    """One thing to choose.
+
+    Attributes:
+        data: JSONL files of prompts that it should get.
+        limit: most prompts that are taken from them, the first ones.
+    """
+
+    data: Files
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+class RouteSpec(Spec):
+    """A router to fit.
+
+    Attributes:
+        router: name of a file in `toolkit/routing/routers`.
+        experts: what can be chosen, by the name under which it is served; a file name stands for its `data`.
+        embedding: where prompt vectors come from.
+        parameters: of the router's kind.
+        out: folder to write.
+    """
+
+    router: str = "centroid"
+    experts: Annotated[dict[str, ExpertSpec], Field(min_length=1)]
+    embedding: EmbeddingSpec
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    out: Folder | None = None
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _files(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: {"data": v} if isinstance(v, str | Path | list) else v for name, v in value.items()}
