@@ -1,0 +1,277 @@
+"""The engine's answers are those of transformers with each adapter merged, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+
+from tests import tiny
+from toolkit.errors import CheckpointError, RequestError, UnsupportedError
+from toolkit.models.load import load_tokenizer
+from toolkit.serving.engine import Engine
+from toolkit.serving.request import Sampling
+from toolkit.serving.scheduler import Work
+from toolkit.serving.spec import Limits
+
+ENOUGH = 24
+
+
+def prompts_of(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(256) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def same_but_for_ties(got: list[int], expected: list[int], model, prompt: list[int]) -> bool:
+    """Compare greedy tokens; a difference counts only where the two best logits of the run alone are well apart."""
+    if got == expected:
+        return True
+    at = next(i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b)
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + expected[:at]])).logits[0, -1]
+    best = logits.topk(2).values
+    return bool((best[0] - best[1]) < 1e-4 * (logits.max() - logits.min()))
+
+
+def check(base: Path, adapters: dict[str, Path], engine: Engine, requests: list[tuple[list[int], str]]) -> None:
+    answers = engine.generate(
+        [p for p, _ in requests], [m for _, m in requests], Sampling(max_tokens=ENOUGH, ignore_eos=True)
+    )
+    models = {name: tiny.load_merged(base, adapters.get(name)) for name in {m for _, m in requests}}
+    for (prompt, name), answer in zip(requests, answers, strict=True):
+        expected = tiny.greedy(models[name], prompt, ENOUGH)
+        assert same_but_for_ties(answer.tokens, expected, models[name], prompt), name
+        assert (answer.model, answer.prompt_tokens, answer.finish_reason) == (name, len(prompt), "length")
+    engine.check()
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_pages
+
+
+@pytest.mark.system("flover")
+@pytest.mark.parametrize(
+    "limits",
+    [
+        Limits(),
+        Limits(max_batch_tokens=7, max_requests=3, page_size=1),
+        Limits(max_batch_tokens=16, max_requests=16, page_size=5, cache_tokens=300),
+    ],
+    ids=["roomy", "tight budget", "small cache"],
+)
+def test_mixed_batch_equals_each_request_alone_with_its_adapter_merged(limits, base, loras):
+    names = ["base", *loras]
+    requests = [(prompt, names[i % len(names)]) for i, prompt in enumerate(prompts_of(21))]
+    with Engine(str(base), loras, limits=limits) as engine:
+        check(base, loras, engine, requests)
+
+
+def test_logits_do_not_depend_on_the_batch(base, loras):
+    prompts = prompts_of(6, seed=3)
+    with Engine(str(base), loras, limits=Limits(max_batch_tokens=4096)) as engine:
+        model = {name: tiny.load_merged(base, loras.get(name)) for name in ("base", "wide", "dora")}
+        tickets = [engine.submit(p, ("base", "wide", "dora")[i % 3]) for i, p in enumerate(prompts)]
+        complete, logits = engine.runner.run(engine.scheduler.schedule())
+        assert len(complete) == 6
+        for work, row in zip(complete, logits, strict=True):
+            i = next(j for j, t in enumerate(tickets) if t.request is work.request)
+            with torch.inference_mode():
+                alone = model[("base", "wide", "dora")[i % 3]](torch.tensor([prompts[i]])).logits[0, -1]
+            spread = (alone.max() - alone.min()).item()
+            assert (row - alone).abs().max().item() < 1e-4 * spread
+
+
+@pytest.mark.system("sarathi")
+@pytest.mark.parametrize("chunk", [1, 3, 16, 60])
+def test_any_chunking_of_a_prompt_gives_the_same_logits(chunk, base, loras):
+    prompt = prompts_of(1, seed=5, longest=60)[0]
+    with Engine(str(base), loras, limits=Limits(page_size=4)) as engine, torch.inference_mode():
+        expected = tiny.load_merged(base, loras["plain"])(torch.tensor([prompt])).logits[0, -1]
+        request = engine.submit(prompt, "plain").request
+        work = engine.scheduler.schedule()
+        assert [w.count for w in work] == [len(prompt)]
+        while request.num_pending:
+            _, logits = engine.runner.run([Work(request, min(chunk, request.num_pending))])
+        torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_reference_operations_give_the_same_answers(base, loras):
+    requests = [(prompt, name) for prompt, name in zip(prompts_of(5, longest=20), ["base", *loras], strict=False)]
+    with Engine(str(base), loras, impl="reference") as engine:
+        check(base, loras, engine, requests)
+
+
+def other_models() -> dict[str, object]:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 262, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    mistral = MistralConfig(
+        **sizes,
+        intermediate_size=48,
+        num_key_value_heads=2,
+        sliding_window=9,
+        initializer_range=0.2,
+        max_position_embeddings=256,
+    )
+    gpt2 = GPT2Config(
+        vocab_size=262,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        initializer_range=0.2,
+        bos_token_id=256,
+        eos_token_id=257,
+    )
+    return {"mistral": MistralForCausalLM(mistral).eval(), "gpt2": GPT2LMHeadModel(gpt2).eval()}
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt2"])
+def test_other_architectures(kind, tmp_path):
+    base = tiny.save_model(other_models()[kind], tmp_path / "base")
+    options = {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_fc"]} if kind == "gpt2" else {}
+    adapters = {n: tiny.save_lora(base, tmp_path / n, seed=i, **options) for i, n in enumerate("ab")}
+    requests = [(p, name) for p, name in zip(prompts_of(6, longest=40), ["a", "base", "b"] * 2, strict=True)]
+    with Engine(str(base), adapters, limits=Limits(max_batch_tokens=32, max_requests=8)) as engine:
+        check(base, adapters, engine, requests)
+
+
+def test_head_adapter(base, tmp_path):
+    adapters = {"head": tiny.save_lora(base, tmp_path / "head", target_modules=["lm_head", "v_proj"])}
+    requests = [(p, name) for p, name in zip(prompts_of(5), ["head", "base", "head", "base", "head"], strict=True)]
+    with Engine(str(base), adapters) as engine:
+        check(base, adapters, engine, requests)
+
+
+def test_every_adapter_in_use_and_rows_without_one(base, tmp_path):
+    """Rows without an adapter must not get some slot's: an engine that indexes slots with -1 does that."""
+    adapters = {f"a{i}": tiny.save_lora(base, tmp_path / str(i), seed=i, r=2) for i in range(4)}
+    requests = [(p, name) for p, name in zip(prompts_of(8), [*adapters, "base"] * 2, strict=False)]
+    with Engine(str(base), adapters, limits=Limits(max_requests=8)) as engine:
+        check(base, adapters, engine, requests)
+
+
+def test_adapter_loaded_anew_is_another_one(base, tmp_path):
+    old, new = (tiny.save_lora(base, tmp_path / n, seed=i) for i, n in enumerate(("old", "new")))
+    prompt = prompts_of(1)[0]
+    with Engine(str(base), {"x": old}) as engine:
+        sampling = Sampling(max_tokens=ENOUGH, ignore_eos=True)
+        before = engine.submit(prompt, "x", sampling)
+        for _ in range(5):
+            engine.step()
+        engine.add_adapter("x", new)
+        after = engine.submit(prompt, "x", sampling)
+        while engine.has_work:
+            engine.step()
+        assert before.request.output == tiny.greedy(tiny.load_merged(base, old), prompt, ENOUGH)
+        assert after.request.output == tiny.greedy(tiny.load_merged(base, new), prompt, ENOUGH)
+        keys = {key for module in engine.model.modules() for key in getattr(module, "pairs", {})}
+        assert keys == {engine.adapters.infos["x"].key}, "the old factors stay as long as they are used, no longer"
+
+
+def test_two_names_of_the_same_content_share_it(base, loras):
+    with Engine(str(base), {"a": loras["plain"], "b": loras["plain"]}) as engine:
+        assert engine.adapters.infos["a"].key == engine.adapters.infos["b"].key
+        engine.remove_adapter("a")
+        assert engine.models == ["base", "b"]
+        check(base, {"b": loras["plain"]}, engine, [(prompts_of(1)[0], "b")])
+        engine.remove_adapter("b")
+        assert not any(getattr(module, "pairs", {}) for module in engine.model.modules())
+
+
+def test_cancelled_requests_free_their_pages_at_once(base, loras):
+    with Engine(str(base), loras, limits=Limits(max_requests=2, cache_tokens=512)) as engine:
+        tickets = [engine.submit(p, "plain", Sampling(max_tokens=100)) for p in prompts_of(4)]
+        engine.step()
+        for ticket in tickets:
+            engine.cancel(ticket)
+            engine.check()
+        assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_pages
+        assert not engine.has_work
+        assert {t.request.finished for t in tickets} == {"cancelled"}
+
+
+def test_stop_texts_ids_and_ends(base):
+    with Engine(str(base)) as engine:
+        prompt = prompts_of(1)[0]
+        whole = engine.generate([prompt], "base", Sampling(max_tokens=ENOUGH, ignore_eos=True))[0]
+        third = whole.tokens[2]
+        stopped = engine.generate(
+            [prompt], "base", Sampling(max_tokens=ENOUGH, stop_token_ids=[third], ignore_eos=True)
+        )[0]
+        assert stopped.tokens == whole.tokens[: whole.tokens.index(third)]
+        assert stopped.finish_reason == "stop"
+        seeded = Sampling(max_tokens=ENOUGH, temperature=1.0, seed=3)
+        assert (
+            engine.generate([prompt], "base", seeded)[0].tokens
+            == engine.generate([prompt] * 2, "base", seeded)[1].tokens
+        )
+
+
+def test_deltas_put_together_are_the_answer(base):
+    pieces: list[str] = []
+    with Engine(str(base)) as engine:
+        ticket = engine.submit("hello", "base", Sampling(max_tokens=30), on_delta=lambda d: pieces.append(d.text))
+        while engine.has_work:
+            engine.step()
+        assert "".join(pieces) == ticket.answer().text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "model", "message"),
+    [
+        ([1], "nobody", r"no model 'nobody' \(served: base, plain\)"),
+        ([], "base", "the prompt is empty"),
+        ([1] * 250, "base", "250 prompt tokens and 64 to generate are more than the 256 tokens"),
+        ([{"role": "robot", "content": "x"}], "base", "the chat template refuses"),
+    ],
+)
+def test_bad_requests(prompt, model, message, base, loras):
+    with Engine(str(base), {"plain": loras["plain"]}) as engine:
+        with pytest.raises(RequestError, match=message):
+            engine.submit(prompt, model)
+        assert not engine.has_work
+
+
+def test_bad_adapters_change_nothing(base, loras, tmp_path):
+    whole = tiny.save_lora(base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    embedding = tiny.save_lora(base, tmp_path / "embedding", target_modules=["embed_tokens", "q_proj"])
+    other = tiny.save_lora(tiny.save_model(tiny.llama(hidden_size=32), tmp_path / "b"), tmp_path / "other")
+    with Engine(str(base), {"plain": loras["plain"]}) as engine:
+        for source, error, message in (
+            (whole, UnsupportedError, "cannot be batched; merge it into the base"),
+            (embedding, UnsupportedError, "adapts model.embed_tokens, which is no linear layer"),
+            (other, CheckpointError, "but in the served model it is"),
+        ):
+            with pytest.raises(error, match=message):
+                engine.add_adapter("new", source)
+        for name in ("base", "auto", "a+b", "a/b", ""):
+            with pytest.raises(RequestError, match="adapter name"):
+                engine.add_adapter(name, loras["few"])
+        assert engine.models == ["base", "plain"]
+        check(base, loras, engine, [(prompts_of(1)[0], "plain"), (prompts_of(1)[0], "base")])
+
+
+def test_model_object_is_given_back_as_it_was(base, loras):
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    before = {name: type(module) for name, module in model.named_modules()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = torch.tensor([prompts_of(1)[0]])
+    with torch.inference_mode():
+        logits = model(ids).logits
+    with Engine((model, load_tokenizer(base)), loras) as engine:
+        engine.generate([[1, 2, 3]], "dora")
+        with torch.inference_mode(), engine.using("plain") as adapted:
+            expected = tiny.load_merged(base, loras["plain"])(ids).logits
+            torch.testing.assert_close(adapted(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, logits)
+
+
+def test_model_whose_attention_cannot_be_replaced_is_refused(base, monkeypatch):
+    monkeypatch.setattr(
+        "toolkit.serving.attention.KVCache.layer", lambda self, index, k, v: (torch.zeros(9, 16, 2, 12),) * 2
+    )
+    with pytest.raises(UnsupportedError, match="0 of 3 layers attend through transformers"):
+        Engine(str(base))

@@ -1,0 +1,1 @@
+"""Serving: run many compositions of one base in one batch."""

@@ -1,0 +1,138 @@
+"""Paged attention under an unmodified transformers model.
+
+The model is loaded with the attention implementation `toolkit`. A forward pass with `paged=PagedStep(...)` among
+its keyword arguments stores keys and values in pages and attends to them; without it, it is an ordinary forward
+pass through torch's attention, which is how prompts are embedded for routing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from toolkit.errors import UnsupportedError
+from toolkit.kernels.decode_attention import decode_attention
+from toolkit.kernels.impl import Impl
+from toolkit.kernels.paging import PagedBatch, store
+from toolkit.kernels.prefill_attention import prefill_attention
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NAME = "toolkit"
+
+_UNDERSTOOD = {
+    "scaling",
+    "dropout",
+    "sliding_window",
+    "softcap",
+    "position_ids",
+    "is_causal",
+    "use_cache",
+    "cache_position",
+}
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every layer, `[P, page, G, D]` each; layers are added as the first forward pass meets them.
+
+    Args:
+        num_pages: in the pool.
+        page_size: tokens of a page.
+    """
+
+    num_pages: int
+    page_size: int
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the caches of a layer whose new keys and values are `[T, G, D]`."""
+        if index not in self.keys:
+            self.keys[index] = k.new_zeros(self.num_pages, self.page_size, *k.shape[1:])
+            self.values[index] = v.new_zeros(self.num_pages, self.page_size, *v.shape[1:])
+        return self.keys[index], self.values[index]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(t.nbytes for t in (*self.keys.values(), *self.values.values()))
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """What the attention of one step needs.
+
+    Attributes:
+        cache: of all layers.
+        batch: the sequences, decodes first.
+        impl: form of the attention operations, `None` for the device's own.
+    """
+
+    cache: KVCache
+    batch: PagedBatch
+    impl: Impl | None = None
+
+
+def paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    paged: PagedStep | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers asks an attention implementation to.
+
+    Args:
+        module: the attention layer; its `layer_idx` names its cache.
+        query: `[1, H, T, D]`, rotary embedding applied.
+        key: `[1, G, T, D]`.
+        value: the same.
+        attention_mask: used only without `paged`.
+        scaling: of the scores.
+        paged: the step, when the engine runs it.
+
+    Returns:
+        `[1, T, H, D]`.
+    """
+    if paged is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    unknown = [name for name, given in kwargs.items() if given is not None and name not in _UNDERSTOOD]
+    if unknown:
+        raise UnsupportedError(
+            f"{type(module).__name__} passes {', '.join(unknown)}, which paged attention does not know"
+        )
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    batch = paged.batch
+    k_cache, v_cache = paged.cache.layer(int(module.layer_idx), k, v)  # pyright: ignore[reportArgumentType]
+    store(k_cache, batch.slots, k)
+    store(v_cache, batch.slots, v)
+    options = {
+        "scale": scaling if scaling is not None else q.shape[-1] ** -0.5,
+        "window": kwargs.get("sliding_window"),
+        "soft_cap": kwargs.get("softcap"),
+        "impl": paged.impl,
+    }
+    q = q.contiguous()
+    n, rows = batch.num_decodes, batch.starts
+    parts: list[torch.Tensor] = []
+    if n:
+        parts.append(decode_attention(q[:n], k_cache, v_cache, batch.lengths[:n], batch.tables[:n], **options)[0])
+    if n < len(batch.lengths):
+        starts = [row - rows[n] for row in rows[n:]]
+        out = prefill_attention(q[rows[n] :], k_cache, v_cache, starts, batch.lengths[n:], batch.tables[n:], **options)
+        parts.append(out[0])
+    return torch.cat(parts)[None], None
+
+
+AttentionInterface.register(NAME, paged_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,373 @@
+"""The engine: requests in, text out, many adapters of one base in every step."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedModel
+
+from toolkit.checkpoints.locate import locate
+from toolkit.errors import MissingError, RequestError
+from toolkit.kernels.grouped_lora import Segment
+from toolkit.kernels.impl import Impl
+from toolkit.models.load import load_model, pick_device
+from toolkit.routing.embedding import HiddenStates
+from toolkit.routing.router import Choice, Router, load_router
+from toolkit.serving.adapter_pool import AdapterInfo, AdapterPool
+from toolkit.serving.attention import NAME
+from toolkit.serving.layers import BatchAdapters, unwrap_all
+from toolkit.serving.pages import PagePool
+from toolkit.serving.prompts import Prompt, encode_prompt
+from toolkit.serving.request import Delta, FinishReason, Request, Sampling
+from toolkit.serving.runner import Runner
+from toolkit.serving.sampling import Sampler
+from toolkit.serving.scheduler import Scheduler
+from toolkit.serving.spec import Limits
+from toolkit.serving.text import TextStream
+
+BASE, AUTO = "base", "auto"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished request.
+
+    Attributes:
+        text: the answer.
+        tokens: its ids.
+        model: what gave it: `base` or an adapter.
+        finish_reason: why it ended.
+        prompt_tokens: length of the prompt.
+        choice: what the router chose, where it was asked.
+    """
+
+    text: str
+    tokens: list[int]
+    model: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    choice: Choice | None = None
+
+
+@dataclass
+class Ticket:
+    """A request as its submitter sees it.
+
+    Attributes:
+        request: the engine's own.
+        model: `base` or an adapter; `auto` until the router has chosen.
+        user_text: what the router looks at.
+        choice: what it chose.
+    """
+
+    request: Request
+    model: str
+    user_text: str
+    stream: TextStream
+    choice: Choice | None = None
+    on_choice: Callable[[Choice], None] | None = field(default=None, repr=False)
+
+    def answer(self) -> Answer:
+        """Return the finished answer."""
+        request = self.request
+        assert request.finished is not None
+        return Answer(request.text, request.output, self.model, request.finished, len(request.prompt), self.choice)
+
+
+class Engine:
+    """Serves a base, its adapters, and a router over them.
+
+    Not safe for several threads: all calls come from the thread that steps it (`serving.loop` sees to that).
+
+    Args:
+        model: a folder, a hub id, `toolkit:base`, or a pair `(model, tokenizer)`; the latter is put back as it was
+            by `close`.
+        adapters: PEFT LoRA folders by name.
+        router: a saved router, or one in memory; it is asked for the model `auto`.
+        limits: sizes of the batch and of the cache.
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: of the weights, such as `bfloat16`; by default as stored, but float32 on a CPU.
+        impl: form of the operations, `None` for the device's own.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        UnsupportedError: the model, or an adapter, cannot be served.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        adapters: Mapping[str, str | Path] | None = None,
+        router: Router | str | Path | None = None,
+        *,
+        limits: Limits | None = None,
+        device: str = "auto",
+        dtype: str | None = None,
+        impl: Impl | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        limits = limits or Limits()
+        loaded = load_model(
+            model,
+            device=pick_device(device),
+            dtype=getattr(torch, dtype) if dtype else None,
+            attention=NAME,
+            trust_remote_code=trust_remote_code,
+        )
+        self.source, self.model, self.tokenizer = loaded.source, loaded.model, loaded.tokenizer
+        self._attention_before = str(self.model.config._attn_implementation)
+        if self._attention_before != NAME:
+            self.model.set_attn_implementation(NAME)
+        self.max_model_len = self._longest(limits)
+        pool = PagePool(limits.num_pages(self.max_model_len), limits.page_size)
+        batch = BatchAdapters(impl=impl)
+        self.runner = Runner(self.model, pool, batch, impl)
+        self.scheduler = Scheduler(pool, limits.max_batch_tokens, limits.max_requests)
+        self.adapters = AdapterPool(self.model, batch)
+        self.sampler = Sampler()
+        self.router: Router | None = None
+        self.decisions: Counter[str] = Counter()
+        self._tickets: dict[Request, Ticket] = {}
+        self._unrouted: list[Ticket] = []
+        self._ids = itertools.count(1)
+        for name, source in (adapters or {}).items():
+            self.add_adapter(name, source)
+        if router is not None:
+            self.set_router(router)
+
+    def _longest(self, limits: Limits) -> int:
+        known = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 4096
+        return min(known, limits.max_model_len or known)
+
+    @property
+    def models(self) -> list[str]:
+        """Names that a request can ask for."""
+        return [BASE, *self.adapters.infos, *([AUTO] if self.router else [])]
+
+    def add_adapter(self, name: str, source: str | Path) -> AdapterInfo:
+        """Load an adapter under a name; see `AdapterPool.add`."""
+        return self.adapters.add(name, source)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; requests under way finish with it."""
+        self.adapters.remove(name)
+
+    def set_router(self, router: Router | str | Path) -> None:
+        """Use a router for the model `auto`.
+
+        Raises:
+            RequestError: it chooses among experts that are not served.
+        """
+        loaded = router if isinstance(router, Router) else load_router(router)
+        absent = [name for name in loaded.experts if name != BASE and name not in self.adapters.infos]
+        if absent:
+            raise RequestError(f"the router chooses among {', '.join(absent)}, which are not served")
+        if self._embeds_with_this_base(loaded):
+            loaded.embedder = HiddenStates(
+                self.model, self.tokenizer, loaded.embedding.layer, loaded.embedding.max_length
+            )
+        self.router = loaded
+
+    def _embeds_with_this_base(self, router: Router) -> bool:
+        try:
+            return isinstance(router.embedding.model, str) and locate(router.embedding.model) == locate(self.source)
+        except MissingError:
+            return False
+
+    def submit(
+        self,
+        prompt: Prompt,
+        model: str = BASE,
+        sampling: Sampling | None = None,
+        *,
+        on_delta: Callable[[Delta], None] | None = None,
+        on_choice: Callable[[Choice], None] | None = None,
+    ) -> Ticket:
+        """Queue a request.
+
+        Args:
+            prompt: a text, token ids, or chat messages.
+            model: `base`, an adapter's name, or `auto`.
+            sampling: how tokens are chosen.
+            on_delta: called from `step` when something is added.
+            on_choice: called from `step` when the router has chosen.
+
+        Raises:
+            RequestError: unknown model, empty or over-long prompt, or more than the cache could ever hold.
+        """
+        if model not in self.models:
+            raise RequestError(f"no model {model!r} (served: {', '.join(self.models)})", "model_not_found")
+        sampling = sampling or Sampling()
+        ids, text = encode_prompt(self.tokenizer, prompt)
+        if not ids:
+            raise RequestError("the prompt is empty")
+        limit = max(1, self.max_model_len - len(ids)) if sampling.max_tokens is None else sampling.max_tokens
+        if len(ids) + limit > self.max_model_len:
+            raise RequestError(
+                f"{len(ids)} prompt tokens and {limit} to generate are more than the"
+                f" {self.max_model_len} tokens that the model takes",
+                "context_length_exceeded",
+            )
+        sampling = replace(sampling, max_tokens=limit)
+        request = Request(f"r{next(self._ids)}", ids, None, sampling, on_delta)
+        ticket = Ticket(request, model, text, TextStream(self.tokenizer, sampling.stop), on_choice=on_choice)
+        if model == AUTO:
+            self._unrouted.append(ticket)
+        else:
+            self._queue(ticket)
+        self._tickets[request] = ticket
+        return ticket
+
+    def _queue(self, ticket: Ticket) -> None:
+        if ticket.model != BASE:
+            ticket.request.adapter = self.adapters.acquire(ticket.model)
+        try:
+            self.scheduler.add(ticket.request)
+        except RequestError:
+            self._release(ticket.request)
+            raise
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request and free its pages at once."""
+        if ticket in self._unrouted:
+            self._unrouted.remove(ticket)
+        if ticket.request.finished is None:
+            self._end(ticket, "cancelled")
+
+    def fail_all(self, error: str) -> None:
+        """End every request with an error."""
+        self._unrouted.clear()
+        for ticket in list(self._tickets.values()):
+            self._end(ticket, "error", error)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is queued or running."""
+        return bool(self._unrouted) or self.scheduler.has_work
+
+    def step(self) -> bool:
+        """Route what waits for it, compute one batch and add one token to every answer that is due."""
+        self._route()
+        work = self.scheduler.schedule()
+        if not work:
+            return self.has_work
+        complete, logits = self.runner.run(work)
+        requests = [w.request for w in complete]
+        for request, token in zip(requests, self.sampler.sample(requests, logits), strict=True):
+            self._advance(self._tickets[request], token)
+        return self.has_work
+
+    def _route(self) -> None:
+        if not self._unrouted or self.router is None:
+            return
+        tickets, self._unrouted = self._unrouted, []
+        for ticket, choice in zip(tickets, self.router.choose([t.user_text for t in tickets]), strict=True):
+            ticket.choice, ticket.model = choice, choice.expert
+            self.decisions[choice.expert] += 1
+            if ticket.on_choice:
+                ticket.on_choice(choice)
+            try:
+                if choice.expert != BASE and choice.expert not in self.adapters.infos:
+                    raise RequestError(f"the router chose {choice.expert}, which was removed")
+                self._queue(ticket)
+            except RequestError as error:
+                self._end(ticket, "error", str(error))
+
+    def _advance(self, ticket: Ticket, token: int) -> None:
+        request, sampling = ticket.request, ticket.request.sampling
+        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._end_tokens)
+        if token in ends:
+            self._end(ticket, "stop")
+            return
+        request.output.append(token)
+        new = ticket.stream.push(request.output)
+        if ticket.stream.stopped:
+            self._end(ticket, "stop", new=new)
+        elif request.num_tokens >= request.max_tokens:
+            self._end(ticket, "length", new=new)
+        elif request.on_delta:
+            request.on_delta(Delta(new, len(request.output)))
+
+    @property
+    def _end_tokens(self) -> set[int]:
+        config = getattr(self.model, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        found = set(ends) if isinstance(ends, list) else {ends}
+        return {end for end in found | {self.tokenizer.eos_token_id} if isinstance(end, int)}
+
+    def _end(self, ticket: Ticket, reason: FinishReason, error: str = "", new: str = "") -> None:
+        request = ticket.request
+        if reason in ("stop", "length") and not ticket.stream.stopped:
+            new += ticket.stream.finish(request.output)
+        request.text, request.finished = ticket.stream.text, reason
+        self.scheduler.finish(request)
+        self._release(request)
+        self.sampler.forget(request)
+        self._tickets.pop(request, None)
+        if request.on_delta:
+            request.on_delta(Delta(new, len(request.output), reason, error))
+
+    def _release(self, request: Request) -> None:
+        if request.adapter is not None:
+            self.adapters.release(request.adapter)
+            request.adapter = None
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        models: str | Sequence[str] = BASE,
+        sampling: Sampling | None = None,
+    ) -> list[Answer]:
+        """Answer prompts, all in one batch as far as it holds them.
+
+        Args:
+            prompts: texts, token ids or chat messages.
+            models: one name for all, or one per prompt.
+            sampling: how tokens are chosen.
+
+        Returns:
+            One answer per prompt, in order.
+        """
+        names = [models] * len(prompts) if isinstance(models, str) else list(models)
+        tickets = [self.submit(prompt, name, sampling) for prompt, name in zip(prompts, names, strict=True)]
+        while any(ticket.request.finished is None for ticket in tickets):
+            self.step()
+        return [ticket.answer() for ticket in tickets]
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[PreTrainedModel]:
+        """Yield the model with one adapter on every row of ordinary forward passes inside the block.
+
+        Raises:
+            RequestError: no such adapter.
+        """
+        if name not in (BASE, *self.adapters.infos):
+            raise RequestError(f"no model {name!r}", "model_not_found")
+        every_row = [] if name == BASE else [Segment(0, sys.maxsize, self.adapters.infos[name].key)]
+        with self.adapters.batch.active(every_row, every_row):
+            yield self.model
+
+    def check(self) -> None:
+        """Verify the engine's books."""
+        self.scheduler.check()
+
+    def close(self) -> None:
+        """Give a model that came as an object back as it was."""
+        unwrap_all(self.model)
+        if self._attention_before != NAME:
+            self.model.set_attn_implementation(self._attention_before)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,68 @@
+"""The serving spec."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from toolkit.specs import Folder, Spec
+
+
+class Limits(Spec):
+    """Sizes of the batch and of the cache.
+
+    Attributes:
+        max_requests: most requests that run at once.
+        max_batch_tokens: tokens of a step.
+        max_model_len: tokens of prompt and answer; by default what the model takes.
+        page_size: tokens of a page.
+        cache_tokens: tokens that the cache holds; by default the longest request `max_requests` times over, at
+            most 65,536.
+    """
+
+    max_requests: Annotated[int, Field(ge=1)] = 64
+    max_batch_tokens: Annotated[int, Field(ge=1)] = 2048
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    page_size: Annotated[int, Field(ge=1)] = 16
+    cache_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _budget(self) -> Limits:
+        if self.max_batch_tokens < self.max_requests:
+            raise ValueError("max_batch_tokens is below max_requests, so not every answer could go on in a step")
+        return self
+
+    def num_pages(self, longest: int) -> int:
+        """Return the pages of the cache for requests of at most `longest` tokens."""
+        per_request = -(-longest // self.page_size)
+        wanted = self.cache_tokens or max(longest, min(65536, longest * self.max_requests))
+        return max(1, wanted // self.page_size) if self.cache_tokens else max(per_request, wanted // self.page_size)
+
+
+class ServeSpec(Spec):
+    """A server.
+
+    Attributes:
+        model: the base: a folder, a hub id, or `toolkit:base`.
+        adapters: PEFT LoRA folders by the name under which they are served.
+        router: folder of a fitted router, for the model `auto`.
+        limits: sizes of the batch and of the cache.
+        host: to listen on.
+        port: to listen on; 0 takes a free one.
+        api_key: that requests must carry; without it anyone who reaches the port is served.
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: of the weights.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    model: Any
+    adapters: dict[str, Folder] = Field(default_factory=dict)
+    router: Folder | None = None
+    limits: Limits = Limits()
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    api_key: str | None = None
+    device: str = "auto"
+    dtype: str | None = None
+    trust_remote_code: bool = False

@@ -1,0 +1,66 @@
+"""Token ids to text as they come: whole characters only, and nothing of a stop text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from toolkit.data.tokenizer import Tokenizer
+
+
+class TextStream:
+    """Turns the growing ids of one answer into text.
+
+    Args:
+        tokenizer: of the model.
+        stops: texts at which the answer ends.
+
+    Attributes:
+        text: answer so far, without what may still become a stop text.
+        stopped: whether a stop text was met.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.stops = [stop for stop in stops if stop]
+        self.text, self.stopped = "", False
+        self._held = ""
+        self._begin = self._read = 0
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Take all ids so far; return the text that is certain now and was not before."""
+        return self._release(self._decode(ids, final=False), final=False)
+
+    def finish(self, ids: Sequence[int]) -> str:
+        """Return what was held back, the answer being complete."""
+        return self._release(self._decode(ids, final=True), final=True)
+
+    def _decode(self, ids: Sequence[int], *, final: bool) -> str:
+        # The ids before `_read` are decoded again as context: what a token reads as can depend on the one before.
+        known = self._text_of(ids[self._begin : self._read])
+        text = self._text_of(ids[self._begin :])
+        if text.endswith("\ufffd") and not final:
+            return ""  # a character of which more bytes are to come
+        self._begin, self._read = self._read, len(ids)
+        return text[len(known) :]
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _release(self, new: str, *, final: bool) -> str:
+        if self.stopped:
+            return ""
+        self._held += new
+        for stop in self.stops:
+            at = self._held.find(stop)
+            if at >= 0:
+                self._held, self.stopped, final = self._held[:at], True, True
+        keep = 0 if final else max((_overlap(self._held, stop) for stop in self.stops), default=0)
+        cut = len(self._held) - keep
+        out, self._held = self._held[:cut], self._held[cut:]
+        self.text += out
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many of the last characters of `text` could begin `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
