@@ -1,0 +1,272 @@
+"""Evaluating, judging routers, inspecting and running recipes, on small models."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import toolkit
+from tests import tiny
+from toolkit.data.rows import write_rows
+from toolkit.errors import CheckpointError, SpecError, ToolkitError, UnsupportedError
+from toolkit.jobs.evaluate import evaluate
+from toolkit.jobs.inspect import inspect
+from toolkit.jobs.recipe import run_recipe
+from toolkit.jobs.route import evaluate_router, explain_route
+from toolkit.jobs.skills import write_skills
+from toolkit.models.load import load_tokenizer
+from toolkit.routing.router import fit_router
+
+COUNT = 6
+
+
+@pytest.fixture(scope="module")
+def tasks(base, loras, tmp_path_factory) -> dict[str, Path]:
+    """Tasks whose answers one adapter knows by construction: what it says greedily."""
+    folder = tmp_path_factory.mktemp("tasks")
+    tokenizer = load_tokenizer(base)
+    files = {}
+    for name in ("plain", "rslora"):
+        model = tiny.load_merged(base, loras[name])
+        rows = []
+        for i in range(COUNT):
+            prompt = f"{name} {i}?" if name == "plain" else f"the number {i * 17} of rs"
+            ids = tiny.greedy(model, tokenizer.encode(prompt), 8)
+            ids = ids[: ids.index(257)] if 257 in ids else ids
+            rows.append({"prompt": prompt, "completion": tokenizer.decode(ids, skip_special_tokens=True)})
+        files[name] = folder / f"{name}.jsonl"
+        write_rows(files[name], rows)
+    return files
+
+
+@pytest.fixture(scope="module")
+def router(base, tasks, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("router") / "router"
+    experts = {name: str(file) for name, file in tasks.items()}
+    fit_router({"experts": experts, "embedding": {"model": str(base)}}, out, quiet=True)
+    return out
+
+
+def spec_of(base, loras, tasks, **changes):
+    columns = {name: {"data": str(file), "max_tokens": 8} for name, file in tasks.items()}
+    adapters = {name: str(loras[name]) for name in ("plain", "rslora")}
+    return {"base": str(base), "adapters": adapters, "tasks": columns, "device": "cpu"} | changes
+
+
+@pytest.mark.parametrize("over_http", [False, True])
+def test_scores_of_adapters_routes_and_merges(over_http, base, loras, tasks, router, tmp_path):
+    merged = tmp_path / "merged"
+    spec = {
+        "merge_method": "linear",
+        "base_model": str(base),
+        "models": [{"model": str(loras["plain"])}],
+        "parameters": {"weight": 1},
+    }
+    toolkit.merge(spec, merged, quiet=True)
+    changes = {"models": {"merged": str(merged)}, "router": str(router), "over_http": over_http}
+    result = evaluate(spec_of(base, loras, tasks, **changes), tmp_path / "out", quiet=True)
+    scores = result.numbers["scores"]
+    assert scores["plain"]["plain"] == scores["rslora"]["rslora"] == scores["merged"]["plain"] == 100
+    assert scores["plain"]["rslora"] < 100
+    assert scores["auto"] == {"plain": 100.0, "rslora": 100.0}
+    assert result.tables[0].to_dicts()[0]["model"] == "base"
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["scores"] == scores
+    assert "| merged | 100.0 |" in (tmp_path / "out" / "results.md").read_text()
+    assert "<table>" in result._repr_html_()
+
+
+def test_rows_of_the_table_can_be_chosen(base, loras, tasks):
+    rows = {"own adapter": {"plain": "plain", "rslora": "rslora"}, "base": "base"}
+    scores = evaluate(spec_of(base, loras, tasks, rows=rows), quiet=True).numbers["scores"]
+    assert list(scores) == ["own adapter", "base"]
+    assert scores["own adapter"] == {"plain": 100.0, "rslora": 100.0}
+
+
+def test_perplexity_is_that_of_transformers(base, loras, tasks, tmp_path):
+    write_rows(tmp_path / "text.jsonl", [{"text": "a first text"}, {"text": "another, longer text of more words"}])
+    columns = {"text": {"data": str(tmp_path / "text.jsonl"), "metric": "perplexity"}}
+    scores = evaluate(spec_of(base, loras, tasks) | {"tasks": columns}, quiet=True).numbers["scores"]
+    tokenizer = load_tokenizer(base)
+    for name in ("base", "plain", "rslora"):
+        model = tiny.load_merged(base, loras.get(name))
+        total, count = 0.0, 0
+        for text in ("a first text", "another, longer text of more words"):
+            ids = torch.tensor([[*tokenizer.encode(text), 257]])
+            with torch.inference_mode():
+                total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+        assert scores[name]["text"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": {"x": "nobody"}}, "rows.x: no model 'nobody' (known: base, plain, rslora)"),
+        ({"rows": {"x": {"nothing": "base"}}}, "rows.x: no task 'nothing'"),
+        ({"rows": {"x": "auto"}}, "no model 'auto'"),
+        ({"tasks": {}}, "tasks: Dictionary should have at least 1 item"),
+        ({"models": {"plain": "x"}}, "plain: both an adapter and a model"),
+    ],
+)
+def test_bad_evaluations(change, message, base, loras, tasks):
+    with pytest.raises(SpecError) as caught:
+        evaluate(spec_of(base, loras, tasks) | change, quiet=True)
+    assert message in str(caught.value)
+
+
+def test_judged_router(base, loras, tasks, router, tmp_path):
+    data = {name: str(file) for name, file in tasks.items()}
+    adapters = {name: str(loras[name]) for name in tasks}
+    spec = {
+        "router": str(router),
+        "data": data,
+        "base": str(base),
+        "adapters": adapters,
+        "max_tokens": 8,
+        "device": "cpu",
+    }
+    numbers = evaluate_router(spec, tmp_path / "out", quiet=True).numbers
+    assert numbers["accuracy"] == 100
+    quality = numbers["quality"]
+    assert quality["router"] == quality["own expert"] == quality["oracle"] == 100
+    assert quality["always base"] < 100
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == numbers
+    only_choices = evaluate_router({"router": str(router), "data": data}, quiet=True).numbers
+    assert "quality" not in only_choices
+    assert only_choices["confusion"]["plain"] == {"plain": COUNT, "rslora": 0}
+    with pytest.raises(SpecError, match=r"data\.nobody: not an expert of the router \(known: plain, rslora\)"):
+        evaluate_router({"router": str(router), "data": {"nobody": data["plain"]}}, quiet=True)
+
+
+def test_explained_route(router):
+    numbers = explain_route(router, "plain 3?").numbers
+    assert numbers["expert"] == "plain"
+    assert list(numbers["scores"]) == ["plain", "rslora"]
+    assert numbers["margin"] > 0
+
+
+def test_inspected_checkpoint_adapter_and_router(base, loras, router):
+    result = inspect(base, loras["patterns"], router)
+    model, adapter, route = result.numbers["sources"]
+    assert model["parameters"] == sum(p.numel() for p in tiny.llama().parameters())
+    assert model["layers"] == {"model.layers": 3}
+    assert model["dtypes"] == {"float32": len(tiny.llama().state_dict())}
+    assert adapter["ranks"]["model.layers.1.mlp.up_proj"] == 1
+    assert adapter["base_model"] == str(base)
+    assert route["experts"] == ["plain", "rslora"]
+    assert not result.numbers["compatible"]
+    assert len(result.tables) == 4
+
+
+def test_compatibility(base, loras, tmp_path):
+    assert inspect(base, loras["plain"], loras["dora"], tiny.llama(5)).numbers["compatible"]
+    other = tiny.save_model(tiny.llama(hidden_size=32, num_hidden_layers=4), tmp_path / "other")
+    for second in (other, tiny.save_lora(other, tmp_path / "lora")):
+        result = inspect(base, second)
+        assert not result.numbers["compatible"]
+        assert str(second) in result.numbers["faults"][0]
+
+
+def test_broken_things_are_errors(base, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="truncated"):
+        inspect(tmp_path)
+
+
+def recipe(base, loras) -> dict:
+    return {
+        "steps": {
+            # In the YAML a step may come before those it needs.
+            "scores": {
+                "evaluate": {
+                    "base": str(base),
+                    "adapters": {"m": "${both}"},
+                    "tasks": {"t": "${skills}/sort.test.jsonl"},
+                    "device": "cpu",
+                }
+            },
+            "both": {
+                "merge": {
+                    "merge_method": "task_arithmetic",
+                    "base_model": str(base),
+                    "models": [{"model": str(loras["plain"])}, {"model": str(loras["few"])}],
+                    "parameters": {"weight": 0.5},
+                    "output": {"type": "adapter"},
+                }
+            },
+            "skills": {"skills": {"skills": ["sort"], "train": 2, "test": 2}},
+        },
+        "smoke": {"steps": {"skills": {"skills": {"test": 1}}}},
+    }
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_steps_feed_each_other_and_are_not_repeated(workers, base, loras, tmp_path):
+    spec = recipe(base, loras) | {"workers": workers}
+    out = tmp_path / "run"
+    result = run_recipe(spec, out, quiet=True)
+    assert set(result.numbers["seconds"]) == {"scores", "both", "skills"}
+    assert set(result.results["scores"]["scores"]) == {"base", "m"}
+    again = run_recipe(spec, out, quiet=True)
+    assert again.numbers["seconds"] == {}
+    assert again.results == result.results
+    spec["steps"]["both"]["merge"]["parameters"]["weight"] = 0.25
+    changed = run_recipe(spec, out, quiet=True)
+    assert set(changed.numbers["seconds"]) == {"scores", "both"}, "what depends on a change is done again"
+
+
+def test_smoke_block_makes_a_recipe_small(base, loras, tmp_path):
+    result = run_recipe(recipe(base, loras), tmp_path / "run", smoke=True, quiet=True)
+    assert result.results["scores"]["rows"] == {"t": 1}
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({"a": {"merge": {}, "train": {}}}, "a: a step is one job, such as train, got merge, train"),
+        ({"a": {"murge": {}}}, "a: no job 'murge'; did you mean 'merge'?"),
+        ({"a": {"merge": {"base_model": "${aa}"}}}, "steps.a: ${aa} is no step; did you mean 'a'?"),
+        ({"a": {"merge": {"x": "${b}"}}, "b": {"merge": {"x": "${a}"}}}, "need each other in a circle: a, b"),
+        ({"../a": {"merge": {}}}, "'../a': a step's name is its folder's"),
+    ],
+)
+def test_bad_recipes(steps, message, tmp_path):
+    with pytest.raises(SpecError) as caught:
+        run_recipe({"steps": steps}, tmp_path / "run", quiet=True)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_fault_of_a_step_is_told_and_what_was_done_stays(workers, base, loras, tmp_path):
+    spec = recipe(base, loras) | {"workers": workers}
+    spec["steps"]["both"]["merge"]["parameters"] = {"wieght": 1}
+    spec["steps"]["both"]["merge"]["models"].append({"model": "${skills}"})  # so that it comes after
+    with pytest.raises(
+        ToolkitError, match=r"parameters\.wieght: task_arithmetic has no parameter 'wieght'; did you mean"
+    ):
+        run_recipe(spec, tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "skills" / "sort.train.jsonl").is_file()
+    assert not (tmp_path / "run" / "both").exists()
+
+
+def test_skill_data(tmp_path):
+    write_skills({"train": 30, "test": 20, "seed": 1}, tmp_path / "a")
+    write_skills({"train": 30, "test": 20, "seed": 1}, tmp_path / "b")
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    assert len(list((tmp_path / "a").iterdir())) == 12
+    with pytest.raises(SpecError, match="no skill 'sorted'; did you mean 'sort'"):
+        write_skills({"skills": ["sorted"]}, tmp_path / "c")
+
+
+def test_public_names_exist():
+    for name in toolkit.__all__:
+        assert callable(getattr(toolkit, name))
+    with pytest.raises(AttributeError):
+        _ = toolkit.nothing
+    with pytest.raises(UnsupportedError):
+        toolkit.inspect(3)

@@ -1,0 +1,1 @@
+"""What merges, adapters and routes are measured with."""

@@ -1,0 +1,1 @@
+"""Jobs that use every part: evaluating, inspecting, running recipes, the quickstart."""
