@@ -1,0 +1,76 @@
+"""`toolkit route`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolkit.cli.common import (
+    Json,
+    Out,
+    Overwrite,
+    Quiet,
+    Set,
+    Smoke,
+    SpecFile,
+    TrustRemoteCode,
+    show,
+    show_tables,
+    with_trust,
+)
+
+app = typer.Typer(help="Choose the adapter for each prompt.", no_args_is_help=True)
+
+
+@app.command()
+def fit(
+    spec: SpecFile,
+    out: Out = None,
+    set_: Set = [],  # noqa: B006 - typer reads the default, nobody changes it
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    smoke: Smoke = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a router from prompts whose expert is known."""
+    from toolkit.routing.router import fit_router
+
+    overrides = with_trust(set_, trust_remote_code, "embedding.trust_remote_code")
+    router = fit_router(spec, out, overrides=overrides, smoke=smoke, overwrite=overwrite, quiet=quiet)
+    if json:
+        import json as json_
+
+        print(json_.dumps(router.to_dict(), indent=2))
+    else:
+        show_tables([router.table()])
+
+
+@app.command()
+def evaluate(
+    spec: SpecFile,
+    out: Out = None,
+    set_: Set = [],  # noqa: B006 - typer reads the default, nobody changes it
+    overwrite: Overwrite = False,
+    smoke: Smoke = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Judge a router: accuracy, confusion, and the quality it reaches beside other ways to choose."""
+    from toolkit.jobs.route import evaluate_router
+
+    show(evaluate_router(spec, out, overrides=set_, smoke=smoke, overwrite=overwrite, quiet=quiet), json)
+
+
+@app.command()
+def explain(
+    router: Annotated[Path, typer.Argument(help="Folder of a fitted router.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="What a user would ask.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Show the score of every expert for one prompt."""
+    from toolkit.jobs.route import explain_route
+
+    show(explain_route(router, prompt), json)
