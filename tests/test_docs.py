@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -161,6 +162,16 @@ def test_snippet_runs(name, language, text, here):
             continue
         ran += 1
     assert ran or "make" in text or "curl" in text
+
+
+def test_table_of_merge_methods_is_what_their_files_say():
+    spec = importlib.util.spec_from_file_location("methods_table", ROOT / "tools" / "methods_table.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.DOCUMENT.read_text(encoding="utf-8")
+    assert text == module.written(text), "run python tools/methods_table.py"
 
 
 def test_tour_notebook(here, monkeypatch):

@@ -106,6 +106,15 @@ def test_output_is_a_model_that_loads_and_says_what_it_is(family, tmp_path):
     assert result.non_finite == []
 
 
+@pytest.mark.parametrize("method", ["slerp", "nearswap"])
+def test_base_that_is_not_listed_is_the_first_model(method, family, tmp_path):
+    tuned = {"model": str(family["tuned0"])}
+    spec = {"merge_method": method, "base_model": str(family["base"]), "models": [tuned], "parameters": {"t": 0.01}}
+    listed = spec | {"models": [tuned, {"model": str(family["base"])}]}
+    got, expected = (merge(s, tmp_path / n, quiet=True).path for n, s in (("got", spec), ("expected", listed)))
+    assert all(torch.equal(value, tensors(expected)[name]) for name, value in tensors(got).items())
+
+
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp"])
 def test_same_bytes_however_it_is_run(method, family, tmp_path):
     spec = spec_of(family, method)
@@ -338,37 +347,30 @@ run.merge(sys.argv[1], sys.argv[2], quiet=True, workers=2, shard_bytes=60_000)
 """
 
 
-def kill_and_resume(spec: Path, out: Path, delay: float, expected: dict[str, bytes]) -> bool:
-    """Kill a merge after a while, resume it, compare; tell whether the kill came in the middle."""
+def killed_after(spec: Path, out: Path, finished: int, pause: float) -> None:
+    """Start a merge and kill it some time after its journal names a number of tensors."""
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(spec), str(out)])
-    time.sleep(delay)
+    journal = out.parent / f".{out.name}.partial" / "journal.jsonl"
+    while not journal.is_file() or journal.read_text().count(": true") < finished:
+        time.sleep(0.002)
+        assert process.poll() is None
+    time.sleep(pause)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    if out.exists():
-        assert content(out) == expected
-        return False
-    journal = out.parent / f".{out.name}.partial" / "journal.jsonl"
-    begun = journal.is_file() and journal.read_text().count("\n") > 1
-    merge(spec, out, quiet=True, resume=True, workers=1, shard_bytes=60_000)
-    assert content(out) == expected
-    assert not list(out.parent.glob(f".{out.name}*"))
-    return begun
 
 
 def check_kills(family, tmp_path, moments: int) -> None:
     spec = tmp_path / "spec.yaml"
     spec.write_text(yaml.safe_dump(spec_of(family, "ties")))
-    expected = content(merge(spec, tmp_path / "undisturbed", quiet=True, shard_bytes=60_000).path)
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", KILLED, str(spec), str(tmp_path / "timed")], check=True)
-    whole = time.perf_counter() - started
+    undisturbed = merge(spec, tmp_path / "undisturbed", quiet=True, shard_bytes=60_000)
     rng = random.Random(0)
-    in_the_middle = 0
-    for i in range(moments * 4):
-        in_the_middle += kill_and_resume(spec, tmp_path / f"killed{i}", whole * rng.uniform(0.3, 1.0), expected)
-        if in_the_middle >= moments:
-            return
-    pytest.fail(f"only {in_the_middle} of the kills came in the middle of the work")
+    for i in range(moments):
+        out = tmp_path / f"killed{i}"
+        killed_after(spec, out, rng.randrange(undisturbed.numbers["tensors"] - 8), rng.uniform(0, 0.03))
+        assert not out.exists()
+        merge(spec, out, quiet=True, resume=True, workers=1, shard_bytes=60_000)
+        assert content(out) == content(undisturbed.path)
+        assert not list(out.parent.glob(f".{out.name}*"))
 
 
 def test_killed_merge_resumes_to_the_same_bytes(family, tmp_path):
@@ -383,13 +385,7 @@ def test_merge_killed_twenty_times(family, tmp_path):
 def test_resume_refuses_what_changed_since(family, tmp_path):
     spec = tmp_path / "spec.yaml"
     spec.write_text(yaml.safe_dump(spec_of(family, "ties")))
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(spec), str(tmp_path / "out")])
-    journal = tmp_path / ".out.partial" / "journal.jsonl"
-    while not (journal.is_file() and journal.read_text().count("\n") > 2):
-        time.sleep(0.01)
-        assert process.poll() is None
-    process.kill()
-    process.wait()
+    killed_after(spec, tmp_path / "out", finished=2, pause=0)
     other = spec_of(family, "ties") | {"parameters": {"density": 0.6}}
     with pytest.raises(OutputError, match="another spec or of inputs that changed"):
         merge(other, tmp_path / "out", quiet=True, resume=True, shard_bytes=60_000)

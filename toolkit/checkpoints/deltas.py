@@ -22,16 +22,16 @@ CHUNK = 65536
 """Elements that are worked on at a time; small enough for the caches of a core."""
 
 
-def rows_per_chunk(shape: tuple[int, ...]) -> int:
-    """Return how many whole rows (of the flattened trailing sizes) fit into a chunk, at least one."""
-    return max(1, CHUNK // max(1, prod(shape[1:])))
+def chunks(shape: tuple[int, ...], *, whole_rows: bool = False) -> Iterator[tuple[int, int]]:
+    """Cut a tensor into flat ranges of whole rows.
 
-
-def chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Cut a tensor into flat ranges of whole rows; a row longer than a chunk is cut as well."""
-    count = prod(shape)
-    row = prod(shape[1:])
-    step = rows_per_chunk(shape) * row if len(shape) > 1 and row <= CHUNK else CHUNK
+    Args:
+        shape: of the tensor; a row is its last dimension.
+        whole_rows: never cut a row; otherwise one longer than a chunk is cut as well, and so is a vector.
+    """
+    count, row = prod(shape), shape[-1] if shape else 1
+    by_rows = whole_rows or (len(shape) > 1 and row <= CHUNK)
+    step = max(1, CHUNK // max(1, row)) * row if by_rows else CHUNK
     for start in range(0, count, max(1, step)):
         yield start, min(start + step, count)
 

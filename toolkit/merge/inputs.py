@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from toolkit.checkpoints.deltas import AdaptedCheckpoint, AdapterDelta, Delta, D
 from toolkit.checkpoints.locate import locate
 from toolkit.checkpoints.reader import Checkpoint, open_checkpoint
 from toolkit.errors import Problem, ToolkitError
+from toolkit.merge.groups import Group, Slot
 from toolkit.merge.method import Method
-from toolkit.merge.spec import MergeSpec
 
 
 @dataclass(frozen=True)
@@ -19,119 +20,150 @@ class Input:
     """One opened model.
 
     Attributes:
-        position: in the spec's `models`.
+        slot: where the spec names it.
         weights: its full weights.
-        delta: its change from the base; `None` where there is no base.
+        delta: its change from the group's base; `None` where there is no base.
+        mapped: tensors whose rows were moved to another vocabulary, of which `delta` knows nothing.
     """
 
-    position: int
+    slot: Slot
     weights: Checkpoint
     delta: Delta | None
+    mapped: frozenset[str] = frozenset()
 
     @property
     def adapter(self) -> Adapter | None:
-        """The LoRA folder, if the input is one on the merge's base."""
+        """The LoRA folder, if the input is one on the group's base."""
         return self.delta.adapter if isinstance(self.delta, AdapterDelta) else None
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Everything a merge reads.
+class GroupInputs:
+    """The opened models of a group.
 
     Attributes:
-        base: opened base model, or `None`.
+        group: of the spec.
+        base: what deltas are taken from, or `None`.
         models: the inputs that take part, in order.
     """
 
+    group: Group
     base: Checkpoint | None
     models: list[Input]
 
     @property
     def donor(self) -> Checkpoint:
-        """Whose tensors, config and tokenizer the output follows: the base, else the first model."""
+        """Whose tensors the output follows: the base, else the first model."""
         return self.base or self.models[0].weights
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a merge reads."""
+
+    groups: list[GroupInputs]
+
+    @property
+    def base(self) -> Checkpoint | None:
+        """The first group's base."""
+        return self.groups[0].base
+
+    @property
+    def models(self) -> list[Input]:
+        """All inputs, in the order of the spec."""
+        return [model for group in self.groups for model in group.models]
+
+    @property
+    def donor(self) -> Checkpoint:
+        """Whose config and tokenizer the output has: the first group's donor."""
+        return self.groups[0].donor
 
     def close(self) -> None:
         """Close all files."""
-        for model in self.models:
-            model.weights.close()
-        if self.base:
-            self.base.close()
+        for group in self.groups:
+            for model in group.models:
+                model.weights.close()
+            if group.base:
+                group.base.close()
 
 
-def open_inputs(spec: MergeSpec, method: Method, *, allow_pickle: bool = False) -> tuple[Inputs, list[Problem]]:
+def open_inputs(groups: Sequence[Group], method: Method, *, allow_pickle: bool = False) -> tuple[Inputs, list[Problem]]:
     """Open every model of a spec, gathering what is wrong with each."""
-    opener = _Opener(spec, allow_pickle)
-    models = [found for i in range(len(spec.models)) if (found := opener.open(i))]
-    if method.needs_base:
-        # As in mergekit: the base among the models is a delta of zero and takes no part.
-        models = [m for m in models if spec.models[m.position].model != spec.base_model]
-        if opener.base is None and not opener.problems:
-            opener.problems.append(Problem("base_model", f"required by {method.name}"))
-    if method.base_first:
-        models.sort(key=lambda m: spec.models[m.position].model != spec.base_model)
-    low, high = method.models
-    if not opener.problems and not low <= len(models) <= (high or len(models)):
-        wanted = f"exactly {low}" if low == high else f"at least {low}"
-        opener.problems.append(Problem("models", f"{method.name} takes {wanted}, got {len(models)}"))
-    return Inputs(opener.base, models), opener.problems
+    opener = _Opener(allow_pickle)
+    return Inputs([opener.open_group(group, method) for group in groups]), opener.problems
 
 
 class _Opener:
-    def __init__(self, spec: MergeSpec, allow_pickle: bool) -> None:
-        self.spec, self.allow_pickle = spec, allow_pickle
+    """Opens models, each once."""
+
+    def __init__(self, allow_pickle: bool) -> None:
+        self.allow_pickle = allow_pickle
         self.problems: list[Problem] = []
-        self.opened: dict[str, Checkpoint] = {}
-        self.base: Checkpoint | None = None
-        if spec.base_model is not None:
-            self.base = self._checkpoint(spec.base_model, "base_model")
+        self.opened: dict[object, Checkpoint | None] = {}
+
+    def open_group(self, group: Group, method: Method) -> GroupInputs:
+        before = len(self.problems)
+        base = None if group.base_model is None else self._checkpoint(group.base_model, "base_model")
+        base_fails = group.base_model is not None and base is None
+        models: list[Input] = []
+        for slot in group.slots:
+            found, base = self._open(slot, base, base_fails)
+            models += [found] if found else []
+        if method.takes_deltas(base is not None):
+            # As in mergekit: the base among the models is a delta of zero and takes no part.
+            models = [m for m in models if m.slot.model != group.base_model]
+        if method.needs_base and base is None and len(self.problems) == before:
+            self._add(Problem("base_model", f"required by {method.name}"))
+        if method.base_first and base is not None:
+            if 0 < len(models) < method.models[0] and all(m.slot.model != group.base_model for m in models):
+                models.insert(0, Input(Slot("base_model", group.base_model, {}, models[0].slot.layers), base, None))
+            models.sort(key=lambda m: m.slot.model != group.base_model)
+        low, high = method.models
+        if len(self.problems) == before and not low <= len(models) <= (high or len(models)):
+            wanted = f"exactly {low}" if low == high else f"at least {low}"
+            wanted = f"{low} to {high}" if high and low != high else wanted
+            self._add(Problem(group.path, f"{method.name} takes {wanted}, got {len(models)}"))
+        return GroupInputs(group, base, models)
+
+    def _add(self, problem: Problem) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def _checkpoint(self, source: object, where: str) -> Checkpoint | None:
-        key = source if isinstance(source, str) else f"object {id(source)}"
-        try:
-            if key not in self.opened:
+        key = source if isinstance(source, str) else id(source)
+        if key not in self.opened:
+            try:
                 self.opened[key] = open_checkpoint(source, allow_pickle=self.allow_pickle)
-            return self.opened[key]
-        except ToolkitError as error:
-            self.problems.append(Problem(where, str(error)))
-            return None
+            except ToolkitError as error:
+                self.opened[key] = None
+                self._add(Problem(where, str(error)))
+        return self.opened[key]
 
-    def open(self, position: int) -> Input | None:
-        where = f"models[{position}].model"
-        source = self.spec.models[position].model
+    def _open(self, slot: Slot, base: Checkpoint | None, base_fails: bool) -> tuple[Input | None, Checkpoint | None]:
+        """Open a slot's model; an adapter without a base of the spec's brings its own."""
+        where = f"{slot.path}.model"
         try:
-            base_name, adapter = _adapter_of(source)
+            base_name, adapter = _adapter_of(slot.model)
+            if adapter is None:
+                weights = self._checkpoint(slot.model, where)
+                if weights is None:
+                    return None, base
+                return Input(slot, weights, DenseDelta(base, weights) if base else None), base
+            own = self._checkpoint(base_name, where) if base_name is not None else base
+            if own is None and base_name is None and not base_fails:
+                if not adapter.base_model:
+                    self._add(Problem("base_model", f"required: {adapter.source} is an adapter and names no base"))
+                    return None, base
+                own = base = self._checkpoint(adapter.base_model, where)
+            if own is None:
+                return None, base
+            adapted = AdaptedCheckpoint(AdapterDelta(own, adapter))
         except ToolkitError as error:
-            self.problems.append(Problem(where, str(error)))
-            return None
-        full = adapter is None
-        weights = self._checkpoint(source, where) if full else self._adapted(base_name, adapter, where)
-        if weights is None:
-            return None
-        if isinstance(weights, AdaptedCheckpoint) and weights.delta.base is self.base:
-            return Input(position, weights, weights.delta)
-        return Input(position, weights, DenseDelta(self.base, weights) if self.base else None)
-
-    def _adapted(self, base_name: str | None, adapter: Adapter, where: str) -> Checkpoint | None:
-        base: Checkpoint | None
-        if base_name is not None:
-            base = self._checkpoint(base_name, where)
-        elif self.base is not None:
-            base = self.base
-        elif self.spec.base_model is not None:
-            return None  # the base could not be opened, which is a problem already
-        elif adapter.base_model:
-            base = self.base = self._checkpoint(adapter.base_model, where)
-        else:
-            self.problems.append(Problem("base_model", f"required: {adapter.source} is an adapter and names no base"))
-            return None
-        if base is None:
-            return None
-        try:
-            return AdaptedCheckpoint(AdapterDelta(base, adapter))
-        except ToolkitError as error:
-            self.problems.append(Problem(where, str(error)))
-            return None
+            self._add(Problem(where, str(error)))
+            return None, base
+        if own is base:
+            return Input(slot, adapted, adapted.delta), base
+        return Input(slot, adapted, DenseDelta(base, adapted) if base else None), base
 
 
 def _adapter_of(source: object) -> tuple[str | None, Adapter | None]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,15 @@ from toolkit.checkpoints.writer import staged, write_text, write_weights
 from toolkit.errors import Problem
 from toolkit.merge.inputs import Input
 from toolkit.merge.plan import Job, Plan, make_plan
-from toolkit.merge.run import MergeResult, Scratch, Stream, merged_chunks
+from toolkit.merge.run import MergeResult
 from toolkit.merge.spec import MergeSpec
+from toolkit.merge.stream import Scratch, Stream, survey
+from toolkit.merge.svd import leading
 from toolkit.progress import track
 from toolkit.tables import Table, human_bytes
+
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's name."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,12 @@ def merge_adapters(spec: MergeSpec, out: Path, *, overwrite: bool = False, quiet
     plan = make_plan(spec)
     try:
         adapters = _adapters(plan)
+        surveyed = survey(plan)
         jobs = [job for job in plan.jobs if any(job.tensor.name in a.targets for a in adapters)]
         with track("merging adapters", len(jobs), unit="modules", quiet=quiet) as progress:
             pairs: list[Pair] = []
             for job in jobs:
-                pairs.append(_merge_module(plan, adapters, job))
+                pairs.append(_merge_module(plan, adapters, job, surveyed.get(job.tensor.name)))
                 progress.advance()
         dtype = plan.dtype or DTYPES["F32"]
         with staged(out, overwrite=overwrite) as partial:
@@ -75,18 +82,22 @@ def recompress(pair: LowRank, rank: int) -> tuple[LowRank, float]:
 
 def factor(delta: Floats, rank: int, transposed: bool) -> tuple[LowRank, float]:
     """Return the best pair of at most `rank` for a whole matrix `[M, N]`, and its relative error."""
-    u, s, vt = np.linalg.svd(delta.astype(np.float64), full_matrices=False)
-    return _truncate(u, s, vt, rank, transposed)
+    return _balanced(*leading(delta, rank), transposed)
 
 
-def write_adapter(out: Path, pairs: Sequence[Pair], like: Adapter, dtype: DType, base: str) -> None:
-    """Write pairs as a PEFT LoRA folder whose scale is 1 everywhere."""
-    ranks = {pair.module: pair.low_rank.rank for pair in pairs}
+def adapter_config(ranks: Mapping[str, int], base: str, **more: Any) -> dict[str, Any]:
+    """Return the `adapter_config.json` of a LoRA whose scale is 1 everywhere.
+
+    Args:
+        ranks: of the pair of each adapted module.
+        base: model that the adapter is for.
+        more: further keys, and other values of these.
+    """
     usual = Counter(ranks.values()).most_common(1)[0][0]
     unusual = {module: rank for module, rank in ranks.items() if rank != usual}
-    config: dict[str, Any] = {
+    return {
         "peft_type": "LORA",
-        "task_type": like.config.get("task_type") or "CAUSAL_LM",
+        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": usual,
         "lora_alpha": usual,
@@ -94,20 +105,34 @@ def write_adapter(out: Path, pairs: Sequence[Pair], like: Adapter, dtype: DType,
         "target_modules": sorted(ranks),
         "rank_pattern": unusual,
         "alpha_pattern": unusual,
-        "fan_in_fan_out": bool(like.config.get("fan_in_fan_out")),
+        "fan_in_fan_out": False,
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
         "inference_mode": True,
-    }
+    } | more
+
+
+def pair_names(module: str, embedding: bool) -> tuple[str, str]:
+    """Return what PEFT calls the factors A and B of a module."""
+    a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    return f"{PREFIX}{module}.{a}", f"{PREFIX}{module}.{b}"
+
+
+def write_adapter(out: Path, pairs: Sequence[Pair], like: Adapter, dtype: DType, base: str) -> None:
+    """Write pairs as a PEFT LoRA folder whose scale is 1 everywhere."""
+    config = adapter_config(
+        {pair.module: pair.low_rank.rank for pair in pairs},
+        base,
+        task_type=like.config.get("task_type") or "CAUSAL_LM",
+        fan_in_fan_out=bool(like.config.get("fan_in_fan_out")),
+    )
     tensors: list[TensorInfo] = []
     data = {}
     for pair in pairs:
         low, embedding = pair.low_rank, like.parts[pair.module].embedding if pair.module in like.parts else False
         a, b = (low.rows.T, low.cols.T) if low.transposed else (low.cols, low.rows)
-        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-        for part, values in zip(names, (a, b), strict=True):
-            name = f"base_model.model.{pair.module}.{part}"
+        for name, values in zip(pair_names(pair.module, embedding), (a, b), strict=True):
             tensors.append(TensorInfo(name, dtype, values.shape))
             data[name] = encode(np.ascontiguousarray(values).reshape(-1), dtype)
     write_weights(out, tensors, data, stem=WEIGHTS.removesuffix(".safetensors"))
@@ -117,8 +142,10 @@ def write_adapter(out: Path, pairs: Sequence[Pair], like: Adapter, dtype: DType,
 def _adapters(plan: Plan) -> list[Adapter]:
     found: list[Problem] = []
     adapters: list[Adapter] = []
+    if plan.spec.models is None:
+        raise plan.spec.error([Problem("output.type", "an adapter is merged from models, not from slices or modules")])
     for model in plan.inputs.models:
-        where = f"models[{model.position}].model"
+        where = f"{model.slot.path}.model"
         if model.adapter is None:
             found.append(Problem(where, "output.type is adapter, so every model must be a LoRA folder of the base"))
         elif model.adapter.whole:
@@ -133,7 +160,7 @@ def _adapters(plan: Plan) -> list[Adapter]:
     return adapters
 
 
-def _merge_module(plan: Plan, adapters: Sequence[Adapter], job: Job) -> Pair:
+def _merge_module(plan: Plan, adapters: Sequence[Adapter], job: Job, surveyed: Any) -> Pair:
     name = job.tensor.name
     with_it = [a for a in adapters if name in a.targets]
     module = with_it[0].targets[name]
@@ -149,7 +176,7 @@ def _merge_module(plan: Plan, adapters: Sequence[Adapter], job: Job) -> Pair:
         return Pair(module, *recompress(pair, rank))
     part = with_it[0].parts[module]
     transposed = part.embedding or bool(with_it[0].config.get("fan_in_fan_out"))
-    return Pair(module, *factor(_dense(plan, job), rank, transposed))
+    return Pair(module, *factor(_dense(plan, job, surveyed), rank, transposed))
 
 
 def _concatenate(models: Sequence[Input], factors: Sequence[float], module: str) -> LowRank:
@@ -164,28 +191,28 @@ def _concatenate(models: Sequence[Input], factors: Sequence[float], module: str)
     return LowRank(np.concatenate(rows, axis=1), np.concatenate(cols), 1.0, transposed=transposed)
 
 
-def _dense(plan: Plan, job: Job) -> Floats:
+def _dense(plan: Plan, job: Job, surveyed: Any) -> Floats:
     """Compute the merged delta of a whole matrix."""
     base = plan.inputs.base
     assert base is not None
-    stream = Stream(job.tensor, plan.method, plan.inputs, Scratch(len(plan.inputs.models)))
-    state = plan.method.prepare(stream, job.params) if plan.method.prepare else None
     delta = np.empty(job.tensor.count, np.float32)
-    values = np.empty_like(stream.scratch.base)
-    for start, merged in merged_chunks(stream, plan.method, job, state):
-        stop = start + len(merged)
-        base.read(job.tensor.name, start, stop, values[: len(merged)])
-        np.subtract(merged, values[: len(merged)], out=delta[start:stop])
+    for start, merged in Stream(job, plan.method, Scratch(), surveyed).merged():
+        values = np.empty_like(merged)
+        base.read(job.tensor.name, start, start + len(merged), values)
+        np.subtract(merged, values, out=delta[start : start + len(merged)])
     return delta.reshape(job.tensor.shape)
 
 
 def _truncate(u: Any, s: Any, vt: Any, rank: int, transposed: bool) -> tuple[LowRank, float]:
-    norm = float(np.linalg.norm(s))
-    error = float(np.linalg.norm(s[rank:])) / norm if norm else 0.0
-    root = np.sqrt(s[:rank])
-    rows = (u[:, :rank] * root).astype(np.float32)
-    cols = (root[:, None] * vt[:rank]).astype(np.float32)
-    return LowRank(rows, cols, 1.0, transposed=transposed), error
+    return _balanced(u[:, :rank], s[:rank], vt[:rank], float(np.linalg.norm(s[rank:])), transposed)
+
+
+def _balanced(u: Any, s: Any, vt: Any, rest: float, transposed: bool) -> tuple[LowRank, float]:
+    """Share the singular values between both factors; `rest` is the norm of what they leave out."""
+    norm = hypot(float(np.linalg.norm(s)), rest)
+    root = np.sqrt(s)
+    rows, cols = (u * root).astype(np.float32), (root[:, None] * vt).astype(np.float32)
+    return LowRank(rows, cols, 1.0, transposed=transposed), rest / norm if norm else 0.0
 
 
 def _write_card(plan: Plan, out: Path, pairs: Sequence[Pair]) -> None:

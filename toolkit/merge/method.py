@@ -2,23 +2,32 @@
 
 A method is one module in `toolkit/merge/methods`. It declares
 
-- `TAKES`: `"weights"`, or `"deltas"` from the base;
-- `MODELS`: smallest and largest number of inputs;
+- `TAKES`: `"weights"`; `"deltas"` from the base; or `"either"`, deltas where the merge has a base, else weights;
+- `MODELS`: smallest and largest number of inputs; where deltas are taken the base is not one of them;
 - `class Params(MethodParams)`: its parameters for one tensor; a `tuple` field has one value per model;
-- `combine(x, params, state, start) -> y`: one chunk, `x` `[M, N]` float32 (its own to overwrite) -> `[N]`;
+- `combine(x, params, state, start) -> y`: float32 to float32, `x` its own to overwrite;
+- at will, `SCOPE`: how much `combine` gets at a time. `"element"`, the default: any slice of the flattened tensor,
+  `x` `[M, N]` to `y` `[N]`, `start` its first element. `"row"`: whole rows, `x` `[M, R, K]` to `y` `[R, K]`; a vector
+  is one row. `"tensor"`: all of it, `x` `[M, *shape]` to `y` `[*shape]`;
 - at will, `prepare(tensor, params) -> state`: what must be known of the whole tensor first, read as a stream;
+- at will, `survey(tensors) -> states`: what must be known of the whole model first; takes `(tensor, params)` of every
+  tensor that is merged, and returns for each what `tensor.surveyed` will be;
 - at will, `coefficients(params) -> [M]`: when the merged delta is `sum_i c_i * delta_i`, which lets several LoRAs
   become one exactly; `None` where the parameters do not allow it;
 - at will, `idempotent(params) -> bool`: whether equal inputs give that input, true by default; tensors that no
   input changes are then copied;
-- at will, `BASE_FIRST = True`: the base, where it is one of the models, is the first.
+- at will, `BASE_FIRST = True`: the base, where it is one of the models, is the first;
+- at will, `memory(shape, models) -> int`: bytes that `combine` allocates at most besides `x` and `y`, for methods of
+  scope `"tensor"`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_origin
+from typing import Any, ClassVar, Literal, Protocol, get_origin
+
+from pydantic import model_validator
 
 from toolkit import names
 from toolkit.checkpoints.dtypes import Floats
@@ -26,28 +35,52 @@ from toolkit.specs import Spec
 
 METHODS = "toolkit.merge.methods"
 
+Scope = Literal["element", "row", "tensor"]
+
 
 class MethodParams(Spec):
-    """The parameters of a method for one tensor; a default of length 1 in a tuple field holds for every model."""
+    """The parameters of a method for one tensor; a default of length 1 in a tuple field holds for every model.
+
+    Where tools of the field compute the same method differently, each choice is a parameter of its own, and a field
+    `preset` names a set of them: `PRESETS` gives the choices that the spec leaves open.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        if not cls.PRESETS or not isinstance(data, Mapping):
+            return data
+        preset = data.get("preset", cls.model_fields["preset"].default)
+        return {**cls.PRESETS.get(preset, {}), **data}
 
 
 class TensorStream(Protocol):
-    """One tensor of every input, read chunk by chunk; the arrays are reused, so copy what must last.
+    """One tensor of every input, read slice by slice; the arrays are reused, so copy what must last.
 
     Attributes:
-        count: elements of the tensor.
+        name: of the output tensor.
+        shape: of the tensor.
+        count: its elements.
         num_models: inputs.
+        is_delta: whether deltas are read, not weights.
+        surveyed: what the method's `survey` found for it.
     """
 
+    name: str
+    shape: tuple[int, ...]
     count: int
     num_models: int
+    is_delta: bool
+    surveyed: Any
 
     def of_model(self, index: int, every: int = 1) -> Iterator[tuple[int, Floats]]:
-        """Yield `(start, [N])` for one input, its deltas or its weights, of each `every`-th chunk."""
+        """Yield `(start, [N])` for one input, its deltas or its weights, of each `every`-th slice."""
         ...
 
-    def stacked(self) -> Iterator[tuple[int, Floats]]:
-        """Yield `(start, [M, N])` for all inputs."""
+    def stacked(self, every: int = 1) -> Iterator[tuple[int, Floats]]:
+        """Yield `(start, [M, N])` for all inputs, of each `every`-th slice."""
         ...
 
 
@@ -56,19 +89,26 @@ class Method:
     """A loaded method; see the module's description for the fields."""
 
     name: str
-    takes: Literal["weights", "deltas"]
+    takes: Literal["weights", "deltas", "either"]
     models: tuple[int, int | None]
     params: type[MethodParams]
     combine: Callable[[Floats, Any, Any, int], Floats]
+    scope: Scope
     prepare: Callable[[TensorStream, Any], Any] | None
+    survey: Callable[[Sequence[tuple[TensorStream, Any]]], Sequence[Any]] | None
     coefficients: Callable[[Any], Sequence[float] | None]
     idempotent: Callable[[Any], bool]
     base_first: bool
+    memory: Callable[[tuple[int, ...], int], int]
 
     @property
     def needs_base(self) -> bool:
         """Whether `base_model` is required."""
         return self.takes == "deltas"
+
+    def takes_deltas(self, has_base: bool) -> bool:
+        """Tell whether `combine` gets deltas in a merge with or without a base."""
+        return self.takes == "deltas" or (self.takes == "either" and has_base)
 
     def per_model(self) -> set[str]:
         """Name the parameters that have one value per model."""
@@ -93,8 +133,11 @@ def load_method(name: str) -> Method:
         module.MODELS,
         module.Params,
         module.combine,
+        getattr(module, "SCOPE", "element"),
         getattr(module, "prepare", None),
+        getattr(module, "survey", None),
         getattr(module, "coefficients", lambda params: None),
         getattr(module, "idempotent", lambda params: True),
         getattr(module, "BASE_FIRST", False),
+        getattr(module, "memory", lambda shape, models: 0),
     )

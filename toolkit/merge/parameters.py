@@ -16,10 +16,9 @@ from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from toolkit import specs
-from toolkit.checkpoints.layout import Layout
 from toolkit.errors import Problem
+from toolkit.merge.groups import Block, Group, Slot
 from toolkit.merge.method import Method, MethodParams
-from toolkit.merge.spec import MergeSpec
 from toolkit.names import did_you_mean
 
 Scalar = float | int | bool | str
@@ -54,41 +53,48 @@ def matches(pattern: str | None, name: str) -> bool:
     return pattern in name
 
 
-def check(spec: MergeSpec, method: Method) -> list[Problem]:
+IGNORED = ("int8_mask",)
+"""Parameters of mergekit's that change how it computes and not what; accepted, and without effect here."""
+
+
+def check(groups: Sequence[Group], method: Method) -> list[Problem]:
     """Find parameters that the method does not know, or whose values have a wrong form."""
-    found: list[Problem] = []
-    blocks = [("parameters", spec.parameters, method.per_model() | method.shared())]
-    blocks += [(f"models[{i}].parameters", m.parameters, method.per_model()) for i, m in enumerate(spec.models)]
-    for where, block, known in blocks:
-        for key, value in block.items():
-            place = f"{where}.{key}"
-            if key in known:
-                found += [Problem(place, message) for message in _faults(value)]
-            elif key in method.shared():
-                found.append(Problem(place, f"{key!r} is one value for all models; move it to parameters"))
-            else:
-                hint = did_you_mean(key, known) or f" (known: {', '.join(sorted(known)) or 'none'})"
-                found.append(Problem(place, f"{method.name} has no parameter {key!r}{hint}"))
-    return found
+    found: dict[Problem, None] = {}
+    for group in groups:
+        blocks = [(block, method.per_model() | method.shared()) for block in group.shared]
+        blocks += [(slot.block, method.per_model()) for slot in group.slots]
+        for (where, values), known in blocks:
+            for key, value in values.items():
+                found |= dict.fromkeys(_check_one(f"{where}.{key}", key, value, known, method))
+    return list(found)
+
+
+def _check_one(place: str, key: str, value: Any, known: set[str], method: Method) -> list[Problem]:
+    if key in known:
+        return [Problem(place, message) for message in _faults(value)]
+    if key in IGNORED:
+        return []
+    if key in method.shared():
+        return [Problem(place, f"{key!r} is one value for all models; move it to parameters")]
+    hint = did_you_mean(key, known) or f" (known: {', '.join(sorted(known)) or 'none'})"
+    return [Problem(place, f"{method.name} has no parameter {key!r}{hint}")]
 
 
 class Resolver:
-    """Parameters of every tensor of a merge.
+    """Parameters of every tensor that a group makes.
 
     Args:
-        spec: checked by `check`.
-        method: of the spec.
-        layout: of the output's tensor names.
-        inputs: positions in `spec.models` of the inputs that take part.
+        method: of the merge.
+        group: whose blocks were checked by `check`.
+        slots: of the group, those that take part.
     """
 
-    def __init__(self, spec: MergeSpec, method: Method, layout: Layout, inputs: Sequence[int]) -> None:
-        self.spec, self.method, self.layout, self.inputs = spec, method, layout, list(inputs)
+    def __init__(self, method: Method, group: Group, slots: Sequence[Slot]) -> None:
+        self.method, self.group, self.slots = method, group, list(slots)
         self._seen: dict[tuple[Any, ...], MethodParams | list[Problem]] = {}
 
-    def resolve(self, name: str) -> MethodParams | list[Problem]:
-        """Return the parameters of a tensor, or what is wrong with them."""
-        depth = self.layout.depth(name)
+    def resolve(self, name: str, depth: float) -> MethodParams | list[Problem]:
+        """Return the parameters of a tensor at `depth` (0 to 1), or what is wrong with them."""
         values = {key: self._value(key, name, depth) for key in self._keys()}
         identity = tuple(values.items())
         if identity not in self._seen:
@@ -100,11 +106,16 @@ class Resolver:
             yield field.alias or name
 
     def _value(self, key: str, name: str, depth: float) -> Any:
-        shared = evaluate(self.spec.parameters.get(key), name, depth)
+        shared = self._first(self.group.shared, key, name, depth)
         if key in self.method.shared():
             return shared
-        own = [evaluate(self.spec.models[i].parameters.get(key), name, depth) for i in self.inputs]
+        own = [self._first([slot.block], key, name, depth) for slot in self.slots]
         return tuple(shared if value is None else value for value in own)
+
+    @staticmethod
+    def _first(blocks: Sequence[Block], key: str, name: str, depth: float) -> Scalar | None:
+        values = (evaluate(values.get(key), name, depth) for _, values in blocks)
+        return next((value for value in values if value is not None), None)
 
     def _validated(self, values: Mapping[str, Any], name: str) -> MethodParams | list[Problem]:
         given: dict[str, Any] = {}
@@ -116,9 +127,9 @@ class Resolver:
             if isinstance(value, tuple):
                 rest = [default[0] if default else None] * len(value)
                 value = tuple(r if v is None else v for v, r in zip(value, rest, strict=True))
-                missing = [i for i, v in zip(self.inputs, value, strict=True) if v is None]
-                found += [Problem(f"models[{i}].parameters.{key}", self._missing(key, name)) for i in missing]
-            elif value is None and default is None:
+                missing = [slot for slot, v in zip(self.slots, value, strict=True) if v is None]
+                found += [Problem(f"{slot.path}.parameters.{key}", self._missing(key, name)) for slot in missing]
+            elif value is None and field.is_required():
                 found.append(Problem(f"parameters.{key}", self._missing(key, name)))
             if value is not None:
                 given[key] = value
@@ -131,17 +142,16 @@ class Resolver:
             return [Problem(self._place(p.where), p.message) for p in found]
 
     def _missing(self, key: str, name: str) -> str:
-        here = self.spec.parameters.get(key) is not None
+        here = any(values.get(key) is not None for _, values in self.group.shared)
         return f"no filter matches {name}" if here else f"required by {self.method.name}"
 
     def _place(self, where: str) -> str:
         """Turn `weight[1]` of the resolved parameters into a place in the spec."""
         key, _, rest = where.partition("[")
-        if rest:
-            index = self.inputs[int(rest.rstrip("]"))]
-            if key in self.spec.models[index].parameters:
-                return f"models[{index}].parameters.{key}"
-        return f"parameters.{key}"
+        blocks = [self.slots[int(rest.rstrip("]"))].block] if rest else []
+        blocks += self.group.shared
+        path = next((path for path, values in blocks if key in values), "parameters")
+        return f"{path}.{key}"
 
 
 def _faults(value: Any) -> list[str]:

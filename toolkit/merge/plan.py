@@ -5,23 +5,73 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from toolkit import specs
 from toolkit.checkpoints.adapters import WEIGHTS
-from toolkit.checkpoints.dtypes import DType, by_torch_name
+from toolkit.checkpoints.deltas import CHUNK, Delta
+from toolkit.checkpoints.dtypes import Bytes, DType, Floats, by_torch_name
 from toolkit.checkpoints.headers import TensorInfo
-from toolkit.checkpoints.layout import Layout, is_head, role_of
+from toolkit.checkpoints.layout import is_head, role_of
 from toolkit.checkpoints.reader import Checkpoint
+from toolkit.checkpoints.tokenizers import TokenizerFile
 from toolkit.checkpoints.writer import SHARD_BYTES, plan_shards
 from toolkit.errors import Problem, UnsupportedError
-from toolkit.merge.inputs import Inputs, open_inputs
+from toolkit.merge.assemble import Piece, assemble
+from toolkit.merge.groups import groups_of
+from toolkit.merge.inputs import GroupInputs, Input, Inputs, open_inputs
 from toolkit.merge.method import Method, MethodParams, load_method
 from toolkit.merge.parameters import Resolver, check
 from toolkit.merge.spec import MergeSpec
+from toolkit.merge.templates import chat_template
+from toolkit.merge.vocabulary import unify
 from toolkit.tables import Table, human_bytes, human_count
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor of one checkpoint."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    @property
+    def info(self) -> TensorInfo:
+        """What its header says."""
+        return self.checkpoint.info(self.name)
+
+    def read(self, start: int, stop: int, out: Floats) -> None:
+        """Read a slice as float32; see `Checkpoint.read`."""
+        self.checkpoint.read(self.name, start, stop, out)
+
+    def read_raw(self, start: int, stop: int) -> Bytes:
+        """Read the stored bytes of a slice."""
+        return self.checkpoint.read_raw(self.name, start, stop)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an input gives to one output tensor.
+
+    Attributes:
+        place: its own tensor.
+        delta: of which this tensor is read as a change of the base's; `None` where it is a difference of weights.
+    """
+
+    place: Place
+    delta: Delta | None
+
+    @property
+    def changes(self) -> bool:
+        """Whether it can differ from the base."""
+        return self.delta is None or self.delta.touches(self.place.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one pass reads."""
+        return self.delta.nbytes(self.place.name) if self.delta else self.place.info.nbytes
 
 
 @dataclass(frozen=True)
@@ -32,14 +82,25 @@ class Job:
         tensor: name, dtype and shape of the output.
         action: `merge`; or `copy` the donor's bytes, where no input changes the tensor or it is not of numbers
             that can be averaged.
+        donor: whose dtype and shape the output has.
+        sources: inputs of a merge.
+        base: what deltas are taken from.
         params: the method's parameters for this tensor; `None` for a copy.
-        read_bytes: what one pass over the inputs reads.
     """
 
     tensor: TensorInfo
     action: Literal["merge", "copy"]
-    params: MethodParams | None
-    read_bytes: int
+    donor: Place
+    sources: tuple[Source, ...] = ()
+    base: Place | None = None
+    params: MethodParams | None = None
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one pass over its inputs reads."""
+        if self.action == "copy":
+            return self.donor.info.nbytes
+        return sum(source.nbytes for source in self.sources) + (self.base.info.nbytes if self.base else 0)
 
 
 @dataclass(frozen=True)
@@ -53,6 +114,9 @@ class Plan:
         jobs: one per output tensor, in the donor's order.
         shards: tensors of each output file.
         dtype: of all floating-point outputs, or `None` where each keeps the donor's.
+        config: what differs in the output's `config.json` from the donor's.
+        tokenizer: of the output; by default the donor's.
+        template: chat template of the output; by default the tokenizer's.
     """
 
     spec: MergeSpec
@@ -61,11 +125,9 @@ class Plan:
     jobs: list[Job]
     shards: dict[str, list[TensorInfo]]
     dtype: DType | None
-
-    @property
-    def unties_head(self) -> bool:
-        """Whether the output has a head of its own although the donor's config ties it."""
-        return self.inputs.donor.ties_head and any(is_head(job.tensor.name) for job in self.jobs)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: TokenizerFile | None = None
+    template: str | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -76,6 +138,12 @@ class Plan:
     def write_bytes(self) -> int:
         """Bytes of the output's weights."""
         return sum(job.tensor.nbytes for job in self.jobs)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of buffers that one worker needs at most, besides what the interpreter and its libraries take."""
+        merged = [job for job in self.jobs if job.action == "merge"]
+        return max((_buffers(self.method, job) for job in merged), default=CHUNK * 8)
 
     def fingerprint(self) -> str:
         """Return an identity that changes when the spec, the inputs' files or the output's layout do."""
@@ -92,6 +160,7 @@ class Plan:
             "method": self.method.name,
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
+            "memory_bytes": self.memory_bytes,
             "shards": {name: sum(t.nbytes for t in tensors) for name, tensors in self.shards.items()},
             "tensors": [
                 {
@@ -99,6 +168,7 @@ class Plan:
                     "shape": list(job.tensor.shape),
                     "dtype": job.tensor.dtype.torch,
                     "action": job.action,
+                    "sources": [f"{s.place.checkpoint.source}:{s.place.name}" for s in job.sources],
                     "parameters": job.params.model_dump(by_alias=True) if job.params else None,
                 }
                 for job in self.jobs
@@ -124,7 +194,8 @@ class Plan:
         ]
         total = [human_bytes(self.read_bytes), human_bytes(self.write_bytes)]
         rows.append(["all", len(self.jobs), human_count(sum(j.tensor.count for j in self.jobs)), "", "", *total])
-        return Table(("role", "tensors", "elements", "method", "parameters", "read", "write"), rows, "Plan")
+        title = f"Plan; buffers of {human_bytes(self.memory_bytes)} per worker"
+        return Table(("role", "tensors", "elements", "method", "parameters", "read", "write"), rows, title)
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
@@ -148,17 +219,37 @@ def make_plan(
         method = load_method(loaded.merge_method)
     except UnsupportedError as error:
         raise loaded.error([Problem("merge_method", str(error))]) from None
-    found = check(loaded, method)
+    groups = groups_of(loaded)
+    found = check(groups, method)
     dtype, wrong = _output_dtype(loaded)
-    inputs, more = open_inputs(loaded, method, allow_pickle=allow_pickle)
+    inputs, more = open_inputs(groups, method, allow_pickle=allow_pickle)
     found += wrong + more
     jobs: list[Job] = []
+    config: dict[str, Any] = {}
+    vocabulary = None
     if not found:
-        jobs, found = _jobs(loaded, method, inputs, dtype)
+        inputs, vocabulary, found = unify(loaded, inputs)
+    if not found:
+        pieces, config, found = assemble(inputs)
+        if not found:
+            jobs, found = _jobs(method, inputs, pieces, dtype)
     if found:
         inputs.close()
         raise loaded.error(found)
-    return Plan(loaded, method, inputs, jobs, plan_shards([job.tensor for job in jobs], shard_bytes), dtype)
+    if inputs.donor.ties_head and any(is_head(job.tensor.name) for job in jobs):
+        config["tie_word_embeddings"] = False
+    if vocabulary:
+        nested = inputs.donor.config.get("text_config")
+        inner = nested if isinstance(nested, dict) and "vocab_size" in nested else None
+        size = {"vocab_size": vocabulary.size}
+        config |= {"text_config": inner | config.get("text_config", {}) | size} if inner else size
+    template, wrong = chat_template(loaded, inputs)
+    if wrong:
+        inputs.close()
+        raise loaded.error(wrong)
+    shards = plan_shards([job.tensor for job in jobs], shard_bytes)
+    tokenizer = vocabulary.tokenizer if vocabulary else None
+    return Plan(loaded, method, inputs, jobs, shards, dtype, config, tokenizer, template)
 
 
 def _output_dtype(spec: MergeSpec) -> tuple[DType | None, list[Problem]]:
@@ -175,67 +266,58 @@ def _output_dtype(spec: MergeSpec) -> tuple[DType | None, list[Problem]]:
     return dtype, []
 
 
-def _jobs(spec: MergeSpec, method: Method, inputs: Inputs, dtype: DType | None) -> tuple[list[Job], list[Problem]]:
-    donor = inputs.donor
-    names = _output_names(inputs)
-    found = _misfits(spec, inputs, names)
-    if found:
-        return [], found
-    resolver = Resolver(spec, method, Layout(names), [m.position for m in inputs.models])
+def _jobs(
+    method: Method, inputs: Inputs, pieces: Sequence[Piece], dtype: DType | None
+) -> tuple[list[Job], list[Problem]]:
+    resolvers = {id(g): Resolver(method, g.group, [m.slot for m in g.models]) for g in inputs.groups}
     jobs: list[Job] = []
-    for name in names:
-        info = donor.info(name)
-        out = TensorInfo(name, dtype if dtype and info.dtype.floating else info.dtype, info.shape)
-        params = resolver.resolve(name)
+    found: list[Problem] = []
+    for piece in pieces:
+        donor = Place(*piece.donor)
+        info = donor.info
+        out = TensorInfo(piece.name, dtype if dtype and info.dtype.floating else info.dtype, info.shape)
+        if piece.group is None:
+            jobs.append(Job(out, "copy", donor))
+            continue
+        params = resolvers[id(piece.group)].resolve(piece.name, piece.depth)
         if isinstance(params, list):
             found += [p for p in params if p not in found]
             continue
-        changed = any(m.delta is None or m.delta.touches(name) for m in inputs.models)
-        if info.dtype.floating and info.count and (changed or not method.idempotent(params)):
-            jobs.append(Job(out, "merge", params, _read_bytes(inputs, name)))
+        job = _job(method, piece.group, piece, out, donor, params)
+        if isinstance(job, Problem):
+            found += [job] if job not in found else []
         else:
-            jobs.append(Job(out, "copy", None, info.nbytes))
+            jobs.append(job)
     return jobs, found
 
 
-def _read_bytes(inputs: Inputs, name: str) -> int:
-    models = sum(m.delta.nbytes(name) if m.delta else m.weights.info(name).nbytes for m in inputs.models)
-    return models + (inputs.base.info(name).nbytes if inputs.base else 0)
+def _job(
+    method: Method, group: GroupInputs, piece: Piece, out: TensorInfo, donor: Place, params: MethodParams
+) -> Job | Problem:
+    base = Place(group.base, piece.base_name) if group.base else None
+    deltas = method.takes_deltas(base is not None)
+    if deltas and base and not (base.checkpoint.has(base.name) and base.info.shape == out.shape):
+        return Problem("base_model", f"has no {base.name} of shape {list(out.shape)}")
+    sources = [_source(model, name, base) for model, name in zip(group.models, piece.source_names, strict=True)]
+    changed = base is None or any(source.changes for source in sources)
+    if not out.dtype.floating or not out.count or not (changed or not method.idempotent(params)):
+        return Job(out, "copy", donor)
+    if not deltas:
+        return Job(out, "merge", donor, tuple(Source(s.place, None) for s in sources), None, params)
+    return Job(out, "merge", donor, tuple(sources), base, params)
 
 
-def _output_names(inputs: Inputs) -> list[str]:
-    """Name the output's tensors: the donor's, and an output head where any model has one of its own.
-
-    A head that a model stores although its config ties it is a copy of the embedding, and left out.
-    """
-    models = [inputs.donor, *(m.weights for m in inputs.models)]
-    apart = {name for m in models if not m.ties_head for name in m.tensors if is_head(name)}
-    names = [name for name in inputs.donor.tensors if not is_head(name) or name in apart]
-    return names + sorted(name for name in apart if name not in names)
+def _source(model: Input, name: str, base: Place | None) -> Source:
+    same = base is not None and base.name == name and name not in model.mapped
+    return Source(Place(model.weights, name), model.delta if same else None)
 
 
-def _misfits(spec: MergeSpec, inputs: Inputs, names: Sequence[str]) -> list[Problem]:
-    """Find tensors that a model lacks, has besides, or has in another shape than the donor."""
-    donor = inputs.donor
-    found: list[Problem] = []
-    for model in inputs.models:
-        where = f"models[{model.position}].model"
-        lacking = [n for n in names if not model.weights.has(n)]
-        extra = [n for n in model.weights.tensors if n not in names and not is_head(n)]
-        both = [n for n in names if n not in lacking]
-        shapes = [n for n in both if model.weights.info(n).shape != donor.info(n).shape]
-        if lacking:
-            found.append(Problem(where, f"lacks {_some(lacking)} that {donor.source} has"))
-        if extra:
-            found.append(Problem(where, f"has {_some(extra)} that {donor.source} does not have"))
-        if shapes:
-            given, wanted = model.weights.info(shapes[0]).shape, donor.info(shapes[0]).shape
-            found.append(Problem(where, f"{_some(shapes)}: shape {list(given)}, but {list(wanted)} in {donor.source}"))
-    return found
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"
+def _buffers(method: Method, job: Job) -> int:
+    models, shape, count = len(job.sources), job.tensor.shape, job.tensor.count
+    if method.scope == "tensor":
+        return 4 * (models + 1) * count + method.memory(shape, models)
+    row = shape[-1] if shape and method.scope == "row" else 1
+    return 4 * (models + 2) * max(CHUNK, row)
 
 
 def _params_text(params: MethodParams | None) -> str:
@@ -251,12 +333,11 @@ def _params_text(params: MethodParams | None) -> str:
 
 
 def _files(inputs: Inputs) -> Iterator[str]:
-    checkpoints: list[Checkpoint] = [m.weights for m in inputs.models] + ([inputs.base] if inputs.base else [])
-    for checkpoint in checkpoints:
-        yield from {str(t.file) for t in checkpoint.tensors.values() if t.file}
-    for model in inputs.models:
-        if model.adapter:
-            yield str(model.adapter.folder / WEIGHTS)
+    checkpoints: list[Checkpoint] = [m.weights for m in inputs.models]
+    checkpoints += [group.base for group in inputs.groups if group.base]
+    found = {str(t.file) for checkpoint in checkpoints for t in checkpoint.tensors.values() if t.file}
+    yield from found
+    yield from {str(m.adapter.folder / WEIGHTS) for m in inputs.models if m.adapter}
 
 
 def _identity(file: str) -> tuple[str, int, int]:

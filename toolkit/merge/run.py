@@ -6,19 +6,18 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from toolkit import specs
 from toolkit.checkpoints.companions import copy_companions, write_card, write_config
-from toolkit.checkpoints.deltas import CHUNK, chunks
-from toolkit.checkpoints.dtypes import Floats, encode
-from toolkit.checkpoints.headers import TensorInfo
+from toolkit.checkpoints.deltas import chunks
+from toolkit.checkpoints.dtypes import encode
+from toolkit.checkpoints.tokenizers import write_tokenizer
 from toolkit.checkpoints.writer import (
     SHARD_BYTES,
     WeightsWriter,
@@ -30,10 +29,9 @@ from toolkit.checkpoints.writer import (
     staging_path,
 )
 from toolkit.errors import OutputError
-from toolkit.merge.inputs import Inputs
-from toolkit.merge.method import Method
 from toolkit.merge.plan import Job, Plan, make_plan
 from toolkit.merge.spec import MergeSpec
+from toolkit.merge.stream import Scratch, Stream, survey
 from toolkit.progress import Progress, track
 from toolkit.tables import Report, Table, human_bytes
 
@@ -97,7 +95,9 @@ def merge(
         return merge_adapters(loaded, out, overwrite=overwrite, quiet=quiet)
     plan = make_plan(loaded, allow_pickle=allow_pickle, shard_bytes=shard_bytes)
     try:
-        return _execute(plan, out, resume=resume, workers=workers or min(4, os.cpu_count() or 1), quiet=quiet)
+        # A method that takes whole tensors leaves the cores to linear algebra, and memory to one tensor at a time.
+        workers = workers or (1 if plan.method.scope == "tensor" else min(4, os.cpu_count() or 1))
+        return _execute(plan, out, resume=resume, workers=workers, quiet=quiet)
     finally:
         plan.inputs.close()
 
@@ -110,7 +110,7 @@ def _execute(plan: Plan, out: Path, *, resume: bool, workers: int, quiet: bool) 
         if not done:
             clear(partial)
             check_space(out, plan.write_bytes)
-            journal.start()
+        journal.start(anew=not done)
         writer = WeightsWriter(partial, plan.shards, resume=bool(done))
         try:
             with track("merging", plan.read_bytes, unit="B", quiet=quiet) as progress:
@@ -152,7 +152,8 @@ class _Worker:
     """Runs jobs; each thread has scratch of its own."""
 
     def __init__(self, plan: Plan, writer: WeightsWriter) -> None:
-        self.method, self.inputs, self.writer = plan.method, plan.inputs, writer
+        self.method, self.writer = plan.method, writer
+        self.surveyed = survey(plan)
         self.local = threading.local()
 
     def run(self, job: Job) -> bool:
@@ -160,90 +161,31 @@ class _Worker:
         return self._copy(job) if job.action == "copy" else self._merge(job)
 
     def _copy(self, job: Job) -> bool:
-        donor, name = self.inputs.donor, job.tensor.name
-        same = donor.info(name).dtype == job.tensor.dtype
+        same = job.donor.info.dtype == job.tensor.dtype
         finite = True
         for start, stop in chunks(job.tensor.shape):
             if same:
-                raw = donor.read_raw(name, start, stop)
+                raw = job.donor.read_raw(start, stop)
             else:
-                values = self._scratch().base[: stop - start]
-                donor.read(name, start, stop, values)
+                values = self._scratch().base(stop - start)
+                job.donor.read(start, stop, values)
                 finite &= bool(np.isfinite(values).all())
                 raw = encode(values, job.tensor.dtype)
-            self.writer.write(name, start, raw)
+            self.writer.write(job.tensor.name, start, raw)
         return finite
 
     def _merge(self, job: Job) -> bool:
-        stream = Stream(job.tensor, self.method, self.inputs, self._scratch())
-        state = self.method.prepare(stream, job.params) if self.method.prepare else None
         finite = True
-        for start, merged in merged_chunks(stream, self.method, job, state):
+        stream = Stream(job, self.method, self._scratch(), self.surveyed.get(job.tensor.name))
+        for start, merged in stream.merged():
             finite &= bool(np.isfinite(merged).all())
             self.writer.write(job.tensor.name, start, encode(merged, job.tensor.dtype))
         return finite
 
     def _scratch(self) -> Scratch:
         if not hasattr(self.local, "scratch"):
-            self.local.scratch = Scratch(len(self.inputs.models))
+            self.local.scratch = Scratch()
         return self.local.scratch
-
-
-class Scratch:
-    """Buffers of one thread: a chunk of the base and one of every model."""
-
-    def __init__(self, num_models: int) -> None:
-        self.base = np.empty(CHUNK, np.float32)
-        self.stack = np.empty(num_models * CHUNK, np.float32)
-
-
-class Stream:
-    """One tensor of every input, as the method takes it; see `TensorStream`."""
-
-    def __init__(self, tensor: TensorInfo, method: Method, inputs: Inputs, scratch: Scratch) -> None:
-        self.tensor, self.inputs, self.scratch = tensor, inputs, scratch
-        self.deltas = method.takes == "deltas"
-        self.count, self.num_models = tensor.count, len(inputs.models)
-
-    def of_model(self, index: int, every: int = 1) -> Iterator[tuple[int, Floats]]:
-        """Yield `(start, [N])` for one input, of each `every`-th chunk."""
-        for start, stop in islice(chunks(self.tensor.shape), 0, None, every):
-            self._read_base(start, stop)
-            out = self.scratch.stack[: stop - start]
-            self._read(index, start, stop, out)
-            yield start, out
-
-    def stacked(self) -> Iterator[tuple[int, Floats]]:
-        """Yield `(start, [M, N])` for all inputs; the base's chunk is then in the scratch."""
-        for start, stop in chunks(self.tensor.shape):
-            self._read_base(start, stop)
-            size = stop - start
-            x = self.scratch.stack[: self.num_models * size].reshape(self.num_models, size)
-            for index in range(self.num_models):
-                self._read(index, start, stop, x[index])
-            yield start, x
-
-    def _read_base(self, start: int, stop: int) -> None:
-        if self.deltas and self.inputs.base:
-            self.inputs.base.read(self.tensor.name, start, stop, self.scratch.base[: stop - start])
-
-    def _read(self, index: int, start: int, stop: int, out: Floats) -> None:
-        model = self.inputs.models[index]
-        if not self.deltas:
-            model.weights.read(self.tensor.name, start, stop, out)
-        elif model.delta and model.delta.touches(self.tensor.name):
-            model.delta.read(self.tensor.name, start, stop, self.scratch.base[: stop - start], out)
-        else:
-            out.fill(0)
-
-
-def merged_chunks(stream: Stream, method: Method, job: Job, state: object) -> Iterator[tuple[int, Floats]]:
-    """Yield `(start, [N])`, the merged weights of a tensor before they are rounded."""
-    for start, x in stream.stacked():
-        merged = method.combine(x, job.params, state, start)
-        if stream.deltas:
-            np.add(merged, stream.scratch.base[: len(merged)], out=merged)
-        yield start, merged
 
 
 class Journal:
@@ -280,13 +222,13 @@ class Journal:
                     " run without --resume to start anew"
                 )
             done |= entry.get("done", {})
-        self._open()
         return done
 
-    def start(self) -> None:
-        """Begin an empty journal."""
-        self._open()
-        self._append({"plan": self.fingerprint})
+    def start(self, *, anew: bool) -> None:
+        """Open the journal to add to it; `anew` begins an empty one."""
+        self._file = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+        if anew:
+            self._append({"plan": self.fingerprint})
 
     def add(self, name: str, finite: bool, writer: WeightsWriter) -> None:
         """Note a finished tensor."""
@@ -302,9 +244,6 @@ class Journal:
             os.close(self._file)
             self._file = None
 
-    def _open(self) -> None:
-        self._file = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
-
     def _append(self, entry: dict[str, object]) -> None:
         assert self._file is not None
         try:
@@ -316,12 +255,12 @@ class Journal:
 
 def _write_companions(plan: Plan, partial: Path) -> None:
     donor = plan.inputs.donor
-    changes = {"tie_word_embeddings": False} if plan.unties_head else {}
-    write_config(donor, partial, plan.dtype, changes)
+    write_config(donor, partial, plan.dtype, plan.config)
     if donor.folder:
         copy_companions(donor.folder, partial)
+    write_tokenizer(partial, plan.tokenizer, plan.template)
     spec = plan.spec
-    sources = [m.model_dump()["model"] for m in spec.models]
+    sources = list(dict.fromkeys(model.weights.source for model in plan.inputs.models))
     base = spec.model_dump()["base_model"]
     write_card(
         partial,

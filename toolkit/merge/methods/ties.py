@@ -1,20 +1,21 @@
 """TIES: trim each delta to its largest elements, elect a sign per element, merge what agrees with it.
 
-Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", 2023 (arXiv:2306.01708). The choices that
-the field's tools make differently are mergekit's: trimming per tensor, a sign vote by weighted sum in which 0
-counts as positive, and division by the sum of the agreeing weights.
+Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", 2023 (arXiv:2306.01708). Tools of the field
+differ in what they trim over, how they vote and what they divide by; each choice is a parameter here, and a preset
+names those of the paper's code, of mergekit and of PEFT.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
-from toolkit.merge.ops import Cut, largest
+from toolkit.merge.ops import Cut, agree_on_signs, largest, reader
 
 TAKES = "deltas"
 MODELS = (1, None)
@@ -24,37 +25,79 @@ class Params(MethodParams):
     """Parameters of `ties`.
 
     Attributes:
+        preset: whose choices hold where the spec makes none: `mergekit`, `paper` or `peft`.
         weight: of each model's delta.
         density: share of each delta that is kept, the largest by magnitude; at least one element.
         scale: `lambda` in a spec; of the merged delta.
-        normalize: divide by the sum of the weights that agree with the elected sign.
+        normalize: divide the sum of what agrees by `divisor`.
+        trim: the largest elements of each `tensor`, or of the whole `model`.
+        vote: for the sign of an element: `weighted` values, their `total` without weights, or `frequency` of signs.
+        zero_vote: sign where the vote is 0: `plus`, or the `majority` of the tensor's elected signs.
+        divisor: `weights` of the models that agree, or their `count`.
     """
 
+    PRESETS = {
+        "mergekit": {"trim": "tensor", "vote": "weighted", "zero_vote": "plus", "divisor": "weights"},
+        "paper": {"trim": "model", "vote": "total", "zero_vote": "majority", "divisor": "count"},
+        "peft": {"trim": "tensor", "vote": "total", "zero_vote": "plus", "divisor": "count"},
+    }
+
+    preset: Literal["mergekit", "paper", "peft"] = "mergekit"
     weight: tuple[float, ...] = (1.0,)
     density: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
     scale: float = Field(1.0, alias="lambda")
     normalize: bool = True
+    trim: Literal["tensor", "model"] = "tensor"
+    vote: Literal["weighted", "total", "frequency"] = "weighted"
+    zero_vote: Literal["plus", "majority"] = "plus"
+    divisor: Literal["weights", "count"] = "weights"
 
 
-def prepare(tensor: TensorStream, params: Params) -> list[Cut]:
-    """Find what each model keeps."""
-    return [largest(tensor, i, max(1, int(d * tensor.count))) for i, d in enumerate(params.density)]
+State = tuple[Sequence[Cut], float]
 
 
-def combine(x: Floats, params: Params, state: list[Cut], start: int) -> Floats:
-    """Trim, elect and merge one chunk of deltas `[M, N]`."""
-    for row, weight, cut in zip(x, params.weight, state, strict=True):
+def survey(tensors: Sequence[tuple[TensorStream, Params]]) -> list[list[Cut] | None]:
+    """Find one cut per model over all tensors whose trimming is of the whole model; their densities add up."""
+    chosen = [(tensor, params) for tensor, params in tensors if params.trim == "model"]
+    offsets = [0, *np.cumsum([tensor.count for tensor, _ in chosen]).tolist()]
+    cuts: list[Cut] = []
+    for model in range(chosen[0][0].num_models if chosen else 0):
+
+        def read(every: int, model: int = model) -> Iterator[tuple[int, Floats]]:
+            for offset, (tensor, _) in zip(offsets, chosen, strict=False):
+                for start, x in tensor.of_model(model, every):
+                    yield offset + start, x
+
+        keep = int(sum(params.density[model] * tensor.count for tensor, params in chosen))
+        cuts.append(largest(read, offsets[-1], max(1, keep)))
+    own = {
+        tensor.name: [Cut(cut.threshold, cut.last - offset) for cut in cuts]
+        for offset, (tensor, _) in zip(offsets, chosen, strict=False)
+    }
+    return [own.get(tensor.name) for tensor, _ in tensors]
+
+
+def prepare(tensor: TensorStream, params: Params) -> State:
+    """Find what each model keeps, and the sign of elements without a vote."""
+    cuts = tensor.surveyed or [
+        largest(reader(tensor, i), tensor.count, max(1, int(density * tensor.count)))
+        for i, density in enumerate(params.density)
+    ]
+    if params.zero_vote == "plus":
+        return cuts, 1.0
+    balance = 0
+    for start, x in tensor.stacked():
+        for row, cut in zip(x, cuts, strict=True):
+            cut.drop(row, start)
+        balance += int(np.sign(x.sum(axis=0)).sum())
+    return cuts, 1.0 if balance >= 0 else -1.0
+
+
+def combine(x: Floats, params: Params, state: State, start: int) -> Floats:
+    """Trim, elect and merge one slice of deltas `[M, N]`."""
+    cuts, zero = state
+    for row, cut in zip(x, cuts, strict=True):
         cut.drop(row, start)
-        np.multiply(row, np.float32(weight), out=row)
-    # Adding 0 turns the sum -0 into 0, whose sign is the elected plus.
-    sign = np.copysign(np.float32(1), x.sum(axis=0) + np.float32(0))
-    merged, divisor = np.zeros_like(sign), np.zeros_like(sign)
-    for row, weight in zip(x, params.weight, strict=True):
-        agreeing = np.multiply(row, sign, out=row)
-        np.maximum(agreeing, 0, out=agreeing)
-        np.add(merged, agreeing, out=merged)
-        np.add(divisor, np.multiply(agreeing > 0, np.float32(weight)), out=divisor)
-    if params.normalize:
-        np.divide(merged, divisor + (divisor == 0), out=merged)
-    np.multiply(merged, sign, out=merged)
+    divisor = params.divisor if params.normalize else "none"
+    merged = agree_on_signs(x, params.weight, vote=params.vote, zero=zero, divisor=divisor)
     return np.multiply(merged, np.float32(params.scale), out=merged)

@@ -1,0 +1,66 @@
+"""What `dare_linear` and `dare_ties` share: elements of a delta are dropped at random, the rest made larger for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from toolkit.checkpoints.dtypes import Floats
+from toolkit.merge.method import MethodParams, TensorStream
+from toolkit.merge.ops import norm_ratio
+from toolkit.merge.random import Draws
+
+
+class DareParams(MethodParams):
+    """Parameters of dropping at random.
+
+    Attributes:
+        preset: whose choices hold where the spec makes none: `mergekit`, `paper` or `peft`.
+        density: probability that an element of a model's delta is kept.
+        rescale: make what is kept larger.
+        rescale_by: `norm`, so that the tensor's L1 norm stays what it was; or 1 / `density`, which keeps the mean.
+        seed: of the random numbers, which also depend on the tensor's name and the model's position.
+    """
+
+    preset: Literal["mergekit", "paper", "peft"] = "mergekit"
+    density: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
+    rescale: bool = True
+    rescale_by: Literal["norm", "density"] = "norm"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RandomMask:
+    """Which elements of one model's delta are kept, and what they are multiplied by."""
+
+    draws: Draws
+    density: float
+    factor: float = 1.0
+
+    def drop(self, x: Floats, start: int) -> None:
+        """Zero what is not kept in a slice `x` `[N]` that begins at flat index `start`."""
+        if self.density < 1:
+            np.multiply(x, self.draws.below(self.density, start, start + len(x)), out=x)
+
+    def drop_and_rescale(self, x: Floats, start: int) -> None:
+        """Zero what is not kept in a slice `x` `[N]`, and multiply the rest."""
+        self.drop(x, start)
+        if self.factor != 1:
+            np.multiply(x, np.float32(self.factor), out=x)
+
+
+def masks(tensor: TensorStream, params: DareParams) -> list[RandomMask]:
+    """Return the mask of each model; keeping a norm takes a pass over the tensor."""
+    found = [RandomMask(Draws(params.seed, tensor.name, i), density) for i, density in enumerate(params.density)]
+    return [RandomMask(mask.draws, mask.density, _factor(tensor, params, mask)) for mask in found]
+
+
+def _factor(tensor: TensorStream, params: DareParams, mask: RandomMask) -> float:
+    if not params.rescale or mask.density == 1:
+        return 1.0
+    if params.rescale_by == "density":
+        return 1 / mask.density
+    return norm_ratio(tensor, mask.draws.model, mask.drop)

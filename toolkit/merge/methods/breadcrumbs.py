@@ -1,0 +1,31 @@
+"""Model Breadcrumbs: drop the outliers and the smallest elements of each delta, add up what remains.
+
+Davari and Belilovsky, "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", 2023
+(arXiv:2312.06795). Both cuts are exact, and among equal magnitudes the first elements count as the larger ones.
+"""
+
+from __future__ import annotations
+
+from toolkit.checkpoints.dtypes import Floats
+from toolkit.merge.method import TensorStream
+from toolkit.merge.methods import task_arithmetic
+from toolkit.merge.methods._breadcrumbs import Band, BreadcrumbsParams, bands
+
+TAKES = "deltas"
+MODELS = (1, None)
+
+
+class Params(BreadcrumbsParams, task_arithmetic.Params):
+    """Parameters of `breadcrumbs`: those of dropping both ends, and those of `task_arithmetic`."""
+
+
+def prepare(tensor: TensorStream, params: Params) -> list[Band]:
+    """Find what each model keeps."""
+    return bands(tensor, params)
+
+
+def combine(x: Floats, params: Params, state: list[Band], start: int) -> Floats:
+    """Drop both ends and add up one slice of deltas `[M, N]`."""
+    for row, band in zip(x, state, strict=True):
+        band.drop_and_rescale(row, start)
+    return task_arithmetic.combine(x, params, None, start)

@@ -1,0 +1,31 @@
+"""Model Breadcrumbs with sign consensus: drop the outliers and the smallest elements, merge what agrees in sign.
+
+Davari and Belilovsky, "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", 2023
+(arXiv:2312.06795), merged as in Yadav et al., "TIES-Merging", 2023 (arXiv:2306.01708).
+"""
+
+from __future__ import annotations
+
+from toolkit.checkpoints.dtypes import Floats
+from toolkit.merge.method import TensorStream
+from toolkit.merge.methods._breadcrumbs import Band, BreadcrumbsParams, bands
+from toolkit.merge.methods._sign_consensus import ConsensusParams, merge_by_consensus
+
+TAKES = "deltas"
+MODELS = (1, None)
+
+
+class Params(BreadcrumbsParams, ConsensusParams):
+    """Parameters of `breadcrumbs_ties`: those of dropping both ends, and those of a sign consensus."""
+
+
+def prepare(tensor: TensorStream, params: Params) -> list[Band]:
+    """Find what each model keeps."""
+    return bands(tensor, params)
+
+
+def combine(x: Floats, params: Params, state: list[Band], start: int) -> Floats:
+    """Drop both ends and merge one slice of deltas `[M, N]`."""
+    for row, band in zip(x, state, strict=True):
+        band.drop_and_rescale(row, start)
+    return merge_by_consensus(x, params)

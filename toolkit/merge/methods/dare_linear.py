@@ -1,0 +1,38 @@
+"""DARE: drop elements of each delta at random, make the rest larger, add the deltas up.
+
+Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch", 2023
+(arXiv:2311.03099). The paper and PEFT divide what is kept by the density, so that the mean over masks is the delta;
+mergekit keeps the tensor's L1 norm instead.
+"""
+
+from __future__ import annotations
+
+from toolkit.checkpoints.dtypes import Floats
+from toolkit.merge.method import TensorStream
+from toolkit.merge.methods import task_arithmetic
+from toolkit.merge.methods._dare import DareParams, RandomMask, masks
+
+TAKES = "deltas"
+MODELS = (1, None)
+
+
+class Params(DareParams, task_arithmetic.Params):
+    """Parameters of `dare_linear`: those of dropping at random, and those of `task_arithmetic`."""
+
+    PRESETS = {
+        "mergekit": {"rescale_by": "norm"},
+        "paper": {"rescale_by": "density"},
+        "peft": {"rescale_by": "density"},
+    }
+
+
+def prepare(tensor: TensorStream, params: Params) -> list[RandomMask]:
+    """Return the mask of each model."""
+    return masks(tensor, params)
+
+
+def combine(x: Floats, params: Params, state: list[RandomMask], start: int) -> Floats:
+    """Drop, rescale and add up one slice of deltas `[M, N]`."""
+    for row, mask in zip(x, state, strict=True):
+        mask.drop_and_rescale(row, start)
+    return task_arithmetic.combine(x, params, None, start)

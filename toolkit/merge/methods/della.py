@@ -1,0 +1,33 @@
+"""DELLA: drop elements of each delta at random, small ones more often, merge what agrees in sign.
+
+Deep, Bhardwaj and Poria, "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
+2024 (arXiv:2406.11617). Ranks are taken within rows, the last dimension of a tensor. The paper divides each element
+that is kept by its probability; mergekit keeps the tensor's L1 norm instead.
+"""
+
+from __future__ import annotations
+
+from toolkit.checkpoints.dtypes import Floats
+from toolkit.merge.method import TensorStream
+from toolkit.merge.methods._della import DellaParams, RankedMask, drop_all, masks
+from toolkit.merge.methods._sign_consensus import ConsensusParams, merge_by_consensus
+
+TAKES = "deltas"
+MODELS = (1, None)
+SCOPE = "row"
+
+
+class Params(DellaParams, ConsensusParams):
+    """Parameters of `della`: those of dropping by rank, and those of a sign consensus."""
+
+    normalize: bool = True
+
+
+def prepare(tensor: TensorStream, params: Params) -> list[RankedMask]:
+    """Return the mask of each model."""
+    return masks(tensor, params)
+
+
+def combine(x: Floats, params: Params, state: list[RankedMask], start: int) -> Floats:
+    """Drop, rescale and merge whole rows of deltas `[M, R, K]`."""
+    return merge_by_consensus(drop_all(x, state, start), params).reshape(x.shape[1:])

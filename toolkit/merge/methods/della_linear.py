@@ -1,0 +1,30 @@
+"""DELLA without sign consensus: drop elements of each delta at random, small ones more often, add up the rest.
+
+Deep, Bhardwaj and Poria, "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
+2024 (arXiv:2406.11617), without its election of signs; see `della` for the ranks and the rescaling.
+"""
+
+from __future__ import annotations
+
+from toolkit.checkpoints.dtypes import Floats
+from toolkit.merge.method import TensorStream
+from toolkit.merge.methods import task_arithmetic
+from toolkit.merge.methods._della import DellaParams, RankedMask, drop_all, masks
+
+TAKES = "deltas"
+MODELS = (1, None)
+SCOPE = "row"
+
+
+class Params(DellaParams, task_arithmetic.Params):
+    """Parameters of `della_linear`: those of dropping by rank, and those of `task_arithmetic`."""
+
+
+def prepare(tensor: TensorStream, params: Params) -> list[RankedMask]:
+    """Return the mask of each model."""
+    return masks(tensor, params)
+
+
+def combine(x: Floats, params: Params, state: list[RankedMask], start: int) -> Floats:
+    """Drop, rescale and add up whole rows of deltas `[M, R, K]`."""
+    return task_arithmetic.combine(drop_all(x, state, start), params, None, start).reshape(x.shape[1:])

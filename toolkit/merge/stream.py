@@ -1,0 +1,142 @@
+"""Read the inputs of one output tensor slice by slice, and merge them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from toolkit.checkpoints.deltas import CHUNK, chunks
+from toolkit.checkpoints.dtypes import Floats
+from toolkit.merge.method import Method
+
+if TYPE_CHECKING:
+    from toolkit.merge.plan import Job, Plan
+
+
+class Scratch:
+    """Buffers of one thread, kept from tensor to tensor: a slice of the base and one of every model."""
+
+    def __init__(self) -> None:
+        self._base = np.empty(CHUNK, np.float32)
+        self._stack = np.empty(0, np.float32)
+
+    def base(self, size: int) -> Floats:
+        """Return room for `size` elements of the base."""
+        if size > len(self._base):
+            self._base = np.empty(size, np.float32)
+        return self._base[:size]
+
+    def stack(self, models: int, size: int) -> Floats:
+        """Return room for `size` elements of every model, `[models, size]`."""
+        if models * size > len(self._stack):
+            self._stack = np.empty(models * max(size, CHUNK), np.float32)
+        return self._stack[: models * size].reshape(models, size)
+
+    def shrink(self) -> None:
+        """Give back what a large tensor needed."""
+        self.__init__()
+
+
+class Stream:
+    """One tensor of every input, as its method takes it; see `TensorStream`.
+
+    Args:
+        job: which tensors of which inputs.
+        method: that merges them.
+        scratch: buffers, which what is yielded lies in.
+        surveyed: what the method's survey found for this tensor.
+    """
+
+    def __init__(self, job: Job, method: Method, scratch: Scratch, surveyed: Any = None) -> None:
+        self.job, self.method, self.scratch, self.surveyed = job, method, scratch, surveyed
+        self.name, self.shape, self.count = job.tensor.name, job.tensor.shape, job.tensor.count
+        self.num_models = len(job.sources)
+        self.is_delta = job.base is not None
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield the slices that the tensor is read in."""
+        return chunks(self.shape, whole_rows=self.method.scope == "row")
+
+    def of_model(self, index: int, every: int = 1) -> Iterator[tuple[int, Floats]]:
+        """Yield `(start, [N])` for one input, of each `every`-th slice."""
+        for start, stop in islice(self.ranges(), 0, None, every):
+            out = self.scratch.stack(1, stop - start)[0]
+            self._read(index, start, stop, self._read_base(start, stop), out)
+            yield start, out
+
+    def stacked(self, every: int = 1) -> Iterator[tuple[int, Floats]]:
+        """Yield `(start, [M, N])` for all inputs, of each `every`-th slice."""
+        for start, stop in islice(self.ranges(), 0, None, every):
+            x = self.scratch.stack(self.num_models, stop - start)
+            self._read_all(start, stop, x)
+            yield start, x
+
+    def merged(self) -> Iterator[tuple[int, Floats]]:
+        """Yield `(start, [N])`, the merged weights before they are rounded."""
+        state = self.method.prepare(self, self.job.params) if self.method.prepare else None
+        if self.method.scope == "tensor":
+            whole = self._combine(self._whole(), state, 0)
+            for start, stop in self.ranges():
+                yield start, self._on_base(whole[start:stop], self._read_base(start, stop))
+            self.scratch.shrink()
+            return
+        for start, x in self.stacked():
+            base = self.scratch.base(x.shape[1]) if self.is_delta else None
+            yield start, self._on_base(self._combine(x, state, start), base)
+
+    def _combine(self, x: Floats, state: object, start: int) -> Floats:
+        """Run the method on `x` `[M, N]` in the shape that its scope promises."""
+        if self.method.scope == "tensor":
+            x = x.reshape(self.num_models, *self.shape)
+        elif self.method.scope == "row":
+            x = x.reshape(self.num_models, -1, self.shape[-1] if self.shape else 1)
+        return self.method.combine(x, self.job.params, state, start).reshape(-1)
+
+    def _whole(self) -> Floats:
+        x = self.scratch.stack(self.num_models, prod(self.shape))
+        for start, stop in self.ranges():
+            self._read_all(start, stop, x[:, start:stop])
+        return x
+
+    def _read_all(self, start: int, stop: int, x: Floats) -> None:
+        base = self._read_base(start, stop)
+        for index in range(self.num_models):
+            self._read(index, start, stop, base, x[index])
+
+    def _read_base(self, start: int, stop: int) -> Floats | None:
+        if not self.is_delta:
+            return None
+        assert self.job.base is not None
+        values = self.scratch.base(stop - start)
+        self.job.base.read(start, stop, values)
+        return values
+
+    def _read(self, index: int, start: int, stop: int, base: Floats | None, out: Floats) -> None:
+        source = self.job.sources[index]
+        if base is None:
+            source.place.read(start, stop, out)
+        elif source.delta is None:
+            source.place.read(start, stop, out)
+            np.subtract(out, base, out=out)
+        elif source.delta.touches(source.place.name):
+            source.delta.read(source.place.name, start, stop, base, out)
+        else:
+            out.fill(0)
+
+    @staticmethod
+    def _on_base(merged: Floats, base: Floats | None) -> Floats:
+        return merged if base is None else np.add(merged, base, out=merged)
+
+
+def survey(plan: Plan) -> Mapping[str, Any]:
+    """Return for each merged tensor what its method must know of the whole model first."""
+    if plan.method.survey is None:
+        return {}
+    jobs = [job for job in plan.jobs if job.action == "merge"]
+    scratch = Scratch()
+    found = plan.method.survey([(Stream(job, plan.method, scratch), job.params) for job in jobs])
+    return {job.tensor.name: state for job, state in zip(jobs, found, strict=True)}
