@@ -7,10 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from tests import tiny
-from toolkit.errors import CheckpointError, RequestError, UnsupportedError
+from toolkit.embedded.tokenizer import build_tokenizer
+from toolkit.errors import CheckpointError, RequestError, SpecError, UnsupportedError
 from toolkit.models.load import load_tokenizer
 from toolkit.serving.engine import Engine
 from toolkit.serving.request import Sampling
@@ -104,6 +121,9 @@ def test_reference_operations_give_the_same_answers(base, loras):
 def other_models() -> dict[str, object]:
     torch.manual_seed(0)
     sizes = {"vocab_size": 262, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shared = sizes | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    shared |= {"initializer_range": 0.2, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    gemma2 = Gemma2Config(**shared, head_dim=8, sliding_window=9, attn_logit_softcapping=3.0)
     mistral = MistralConfig(
         **sizes,
         intermediate_size=48,
@@ -122,13 +142,22 @@ def other_models() -> dict[str, object]:
         bos_token_id=256,
         eos_token_id=257,
     )
-    return {"mistral": MistralForCausalLM(mistral).eval(), "gpt2": GPT2LMHeadModel(gpt2).eval()}
+    return {
+        "mistral": MistralForCausalLM(mistral).eval(),
+        "gpt2": GPT2LMHeadModel(gpt2).eval(),
+        "mixtral": MixtralForCausalLM(MixtralConfig(**shared, num_local_experts=4)).eval(),
+        "gemma2": Gemma2ForCausalLM(gemma2).eval(),
+    }
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gpt2"])
+@pytest.mark.parametrize("kind", ["mistral", "gpt2", "mixtral", "gemma2"])
 def test_other_architectures(kind, tmp_path):
     base = tiny.save_model(other_models()[kind], tmp_path / "base")
-    options = {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_fc"]} if kind == "gpt2" else {}
+    targets = {
+        "gpt2": {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_fc"]},
+        "mixtral": {"target_modules": ["q_proj", "v_proj"]},
+    }
+    options = targets.get(kind, {})
     adapters = {n: tiny.save_lora(base, tmp_path / n, seed=i, **options) for i, n in enumerate("ab")}
     requests = [(p, name) for p, name in zip(prompts_of(6, longest=40), ["a", "base", "b"] * 2, strict=True)]
     with Engine(str(base), adapters, limits=Limits(max_batch_tokens=32, max_requests=8)) as engine:
@@ -207,6 +236,15 @@ def test_stop_texts_ids_and_ends(base):
         )
 
 
+def test_answer_keeps_the_space_that_its_tokenizer_drops_at_the_beginning_of_a_text():
+    words = Tokenizer(models.WordLevel({f"▁w{i}": i for i in range(262)}, "▁w0"))
+    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    prompt = [3, 1, 4]
+    with Engine((tiny.llama(), PreTrainedTokenizerFast(tokenizer_object=words))) as engine:
+        answer = engine.generate([prompt], "base", Sampling(max_tokens=5, ignore_eos=True))[0]
+    assert answer.text == "".join(f" w{token}" for token in answer.tokens)
+
+
 def test_deltas_put_together_are_the_answer(base):
     pieces: list[str] = []
     with Engine(str(base)) as engine:
@@ -221,6 +259,13 @@ def test_deltas_put_together_are_the_answer(base):
     [
         ([1], "nobody", r"no model 'nobody' \(served: base, plain\)"),
         ([], "base", "the prompt is empty"),
+        ([300], "base", "the prompt has token id 300, but the model's ids are 0 to 261"),
+        ([1, 999_999], "base", "token id 999999"),
+        ([-1], "base", "token id -1"),
+        ([10**30], "base", "token id 1000000000000000000000000000000"),
+        ("a\ud800", "base", "the prompt is not valid Unicode"),
+        ([{"role": "user", "content": "\udfff"}], "base", "the prompt is not valid Unicode"),
+        ([1, "a"], "base", "a prompt is a text, a list of token ids or a list of chat messages"),
         ([1] * 250, "base", "250 prompt tokens and 64 to generate are more than the 256 tokens"),
         ([{"role": "robot", "content": "x"}], "base", "the chat template refuses"),
     ],
@@ -244,7 +289,7 @@ def test_bad_adapters_change_nothing(base, loras, tmp_path):
         ):
             with pytest.raises(error, match=message):
                 engine.add_adapter("new", source)
-        for name in ("base", "auto", "a+b", "a/b", ""):
+        for name in ("base", "auto", "a+b", "a/b", "", "a\nb", "a\x00", "a\u2028b", "\ud800"):
             with pytest.raises(RequestError, match="adapter name"):
                 engine.add_adapter(name, loras["few"])
         assert engine.models == ["base", "plain"]
@@ -267,6 +312,169 @@ def test_model_object_is_given_back_as_it_was(base, loras):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with torch.inference_mode():
         assert torch.equal(model(ids).logits, logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_adapter_with_nan_ends_its_own_requests_only(temperature, base, loras, tmp_path):
+    adapters = {"nan": tiny.save_lora(base, tmp_path / "nan", strength=float("nan")), "plain": loras["plain"]}
+    prompt, other = prompts_of(2)
+    with Engine(str(base), adapters, limits=Limits(page_size=4, cache_tokens=400)) as engine:
+        sampling = Sampling(max_tokens=ENOUGH, ignore_eos=True)
+        good = engine.submit(prompt, "plain", sampling)
+        bad = engine.submit(other, "nan", Sampling(max_tokens=ENOUGH, temperature=temperature))
+        late = engine.submit(prompt, "plain", sampling)
+        while engine.has_work:
+            engine.step()
+        expected = tiny.greedy(tiny.load_merged(base, loras["plain"]), prompt, ENOUGH)
+        assert good.request.output == late.request.output == expected
+        with pytest.raises(RequestError, match="the logits of 'nan' are no numbers"):
+            bad.answer()
+        engine.check()
+
+
+def test_receiver_that_fails_loses_its_own_request_only(base, caplog):
+    def broken(delta):
+        raise OSError("the receiver is gone")
+
+    prompt = prompts_of(1)[0]
+    with Engine(str(base)) as engine:
+        sampling = Sampling(max_tokens=ENOUGH, ignore_eos=True)
+        bad, good = engine.submit(prompt, "base", sampling, on_delta=broken), engine.submit(prompt, "base", sampling)
+        while engine.has_work:
+            engine.step()
+        assert (bad.request.finished, good.request.finished) == ("cancelled", "length")
+        assert good.request.output == tiny.greedy(tiny.load_merged(base, None), prompt, ENOUGH)
+        failing = engine.submit(prompt, "base", sampling, on_delta=broken)
+        engine.fail_all("planted")
+        assert failing.request.finished == "error"
+        engine.check()
+    assert "the receiver is gone" in caplog.text
+
+
+def test_one_bad_prompt_leaves_nothing_queued(base):
+    with Engine(str(base)) as engine:
+        with pytest.raises(RequestError, match="token id 999"):
+            engine.generate([[1], [999]])
+        assert not engine.has_work
+        assert [a.finish_reason for a in engine.generate([[1]], "base", Sampling(max_tokens=1))] == ["length"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "prompt", "expected"),
+    [
+        (Limits(), 10, 256 - 10),
+        (Limits(default_max_tokens=5), 10, 5),
+        (Limits(cache_tokens=64, page_size=16), 10, 64 - 10),
+    ],
+    ids=["room", "default", "cache"],
+)
+def test_answer_without_a_limit(limits, prompt, expected, base):
+    with Engine(str(base), limits=limits) as engine:
+        answer = engine.generate([[1] * prompt], "base", Sampling(max_tokens=None, ignore_eos=True))[0]
+        assert len(answer.tokens) == expected
+
+
+def test_answers_without_a_limit_run_together_in_a_small_cache(base):
+    with Engine(str(base), limits=Limits(cache_tokens=256, default_max_tokens=28)) as engine:
+        tickets = [engine.submit([1, 2, 3, 4], "base", Sampling(max_tokens=None)) for _ in range(8)]
+        engine.step()
+        assert len(engine.scheduler.running) == len(tickets)
+
+
+def tiny_model(kind: str, **changes) -> PreTrainedModel:
+    sizes = {"vocab_size": 262, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | changes)), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (
+            "llama4_text",
+            {"attention_chunk_size": 8, "num_local_experts": 2},
+            r"in chunks of 8 tokens \(attention_chunk_",
+        ),
+        ("doge", {}, "DogeAttention makes a mask of its own"),
+        ("mamba", {"state_size": 4}, "MambaForCausalLM cannot"),
+        ("bloom", {}, "BloomForCausalLM cannot take another attention"),
+    ],
+)
+def test_models_that_would_answer_wrongly_are_refused(kind, changes, message):
+    with pytest.raises(UnsupportedError, match=message):
+        Engine((tiny_model(kind, **changes), build_tokenizer(256)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_window_that_only_the_mask_knows_is_refused(dtype):
+    sizes = {"vocab_size": 262, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Olmo3Config(
+        **sizes,
+        intermediate_size=48,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        sliding_window=9,
+        initializer_range=0.2,
+        pad_token_id=258,
+        eos_token_id=257,
+    )
+    torch.manual_seed(0)
+    model = Olmo3ForCausalLM(config).to(dtype)
+    Engine((model, build_tokenizer(256)), limits=Limits(page_size=4)).close()
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+    with pytest.raises(UnsupportedError, match=r"logits are off by .* of their spread"):
+        Engine((model, build_tokenizer(256)), limits=Limits(page_size=4))
+
+
+def test_model_in_training_mode_is_served_without_dropout(base):
+    model = tiny.llama(attention_dropout=0.5)
+    model.load_state_dict(AutoModelForCausalLM.from_pretrained(base).state_dict())
+    model.train()
+    model.lm_head.eval()
+    before = [module.training for module in model.modules()]
+    with Engine((model, load_tokenizer(base))) as engine:
+        check(base, {}, engine, [(p, "base") for p in prompts_of(3)])
+    assert [module.training for module in model.modules()] == before
+
+
+def test_engine_that_cannot_start_leaves_the_model_as_it_was(base, loras, tmp_path):
+    model = tiny.llama().train()
+    before = {name: type(module) for name, module in model.named_modules()}
+    for adapters, limits, error in (
+        ({"plain": loras["plain"], "missing": tmp_path / "none"}, Limits(), FileNotFoundError),
+        ({"plain": loras["plain"], "auto": loras["few"]}, Limits(), RequestError),
+        ({}, Limits(max_model_len=1000), SpecError),
+    ):
+        attention = model.config._attn_implementation
+        with pytest.raises(error):
+            Engine((model, load_tokenizer(base)), adapters, limits=limits)
+        assert model.config._attn_implementation == attention != "toolkit"
+        assert {name: type(module) for name, module in model.named_modules()} == before
+        assert model.training
+
+
+def test_more_than_the_model_takes_is_refused(base):
+    with pytest.raises(SpecError, match=r"limits\.max_model_len: the model takes at most 256 tokens, got 257"):
+        Engine(str(base), limits=Limits(max_model_len=257))
+
+
+def test_device_and_dtype_must_be_those_of_the_object(base):
+    pair = (tiny.llama(), load_tokenizer(base))
+    Engine(pair, device="cpu", dtype="float32").close()
+    with pytest.raises(UnsupportedError, match=r"the model is in torch\.float32, not in torch\.bfloat16"):
+        Engine(pair, dtype="bfloat16")
+    with pytest.raises(UnsupportedError, match="the model is on cpu, not on meta"):
+        Engine(pair, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"), [("bogus", "unknown dtype 'bogus'"), ("int8", "dtype 'int8' is not one that a model can run")]
+)
+def test_dtypes_that_are_none(dtype, message, base):
+    with pytest.raises(UnsupportedError, match=message):
+        Engine(str(base), dtype=dtype)
 
 
 def test_model_whose_attention_cannot_be_replaced_is_refused(base, monkeypatch):

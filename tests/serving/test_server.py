@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,16 +15,17 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
 from tests import tiny
 from tests.serving.test_engine import same_but_for_ties
-from toolkit.errors import OutputError
+from toolkit.errors import OutputError, SpecError, UnsupportedError
 from toolkit.routing.embedding import EmbeddingSpec
 from toolkit.routing.router import Router
 from toolkit.serving.engine import Engine
-from toolkit.serving.serve import background_server
+from toolkit.serving.serve import _listen, background_server, same_base, serve
 from toolkit.serving.spec import Limits
 
 MESSAGES = [{"role": "user", "content": "Say something."}]
@@ -30,7 +33,6 @@ MESSAGES = [{"role": "user", "content": "Say something."}]
 
 def word_router(base: Path) -> Router:
     """A router that any prompt with the word wide goes to `wide`, else to `plain`; its vectors are made by hand."""
-    import numpy as np
 
     def embed(texts):
         return np.array([[1.0, 0.0] if "wide" in text else [0.0, 1.0] for text in texts], np.float32)
@@ -46,7 +48,10 @@ def word_router(base: Path) -> Router:
 @pytest.fixture(scope="module")
 def engine(base, loras):
     engine = Engine(
-        str(base), loras, word_router(base), limits=Limits(max_requests=4, page_size=4, max_batch_tokens=64)
+        str(base),
+        loras,
+        word_router(base),
+        limits=Limits(max_requests=4, page_size=4, max_batch_tokens=64, cache_tokens=240),
     )
     yield engine
     engine.close()
@@ -177,34 +182,231 @@ BAD = {
         {"model": "base", "prompt": "x", "logprobs": 2},
         400,
         None,
-        "logprobs: not supported by this server",
+        "logprobs: 2 is not supported by this server, only false or null",
     ),
+    "unknown field": ({"model": "base", "prompt": "x", "logprob": 2}, 400, None, "logprob: not supported by this"),
+    "unknown null": ({"model": "base", "prompt": "x", "logprob": None}, 400, None, "logprob: not supported by this"),
+    "best of two": ({"model": "base", "prompt": "x", "best_of": 2}, 400, None, "best_of: 2 is not supported"),
+    "zero logprobs": ({"model": "base", "prompt": "x", "logprobs": 0}, 400, None, "logprobs: 0 is not supported"),
+    "penalty": ({"model": "base", "prompt": "x", "presence_penalty": 0.5}, 400, None, "0.5 is not supported by this"),
+    "token id": ({"model": "base", "prompt": [300]}, 400, None, "token id 300, but the model's ids are 0 to 261"),
+    "negative id": ({"model": "base", "prompt": [-1]}, 400, None, "token id -1"),
+    "huge id": ({"model": "base", "prompt": [10**30]}, 400, None, "token id 1000000000000000000000000000000"),
+    "surrogate": ({"model": "base", "prompt": "\ud800"}, 400, None, "the prompt is not valid Unicode"),
+    "surrogate key": (
+        {"model": "base", "prompt": "x", "\ud800": 1},
+        400,
+        None,
+        "a key of the body is not valid Unicode",
+    ),
+    "surrogate model": ({"model": "\ud800", "prompt": "x"}, 404, "model_not_found", "no model '\\ud800'"),
+    "huge seed": ({"model": "base", "prompt": "x", "seed": 10**30}, 400, None, "seed: Input should be less than"),
+    "two prompts": ({"model": "base", "prompt": ["a", "b"]}, 400, None, "prompt: one prompt per request, got 2"),
+    "number": ({"model": "base", "prompt": 5}, 400, None, "prompt: Input should be a text or a list of token ids"),
+    "no stop": ({"model": "base", "prompt": "x", "stop": 5}, 400, None, "stop: Input should be a valid string or"),
+    "too large for the cache": ({"model": "auto", "prompt": "x", "max_tokens": 245}, 400, None, "the cache holds 240"),
     "two answers": ({"model": "base", "prompt": "x", "n": 2}, 400, None, "n: Input should be 1"),
     "bad temperature": ({"model": "base", "prompt": "x", "temperature": -1}, 400, None, "temperature: Input should be"),
     "no tokens": ({"model": "base", "prompt": "x", "max_tokens": 0}, 400, None, "max_tokens: Input should be"),
 }
 
 
+def post(http: httpx.Client, body: dict) -> httpx.Response:
+    """Send a completion's body as plain ASCII, in which JSON can hold what is not Unicode; httpx's own cannot."""
+    return http.post("/v1/completions", content=json.dumps(body), headers={"content-type": "application/json"})
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_requests(case, http):
     body, status, code, message = BAD[case]
-    response = http.post("/v1/completions", json=body)
+    response = post(http, body)
     assert response.status_code == status
     error = response.json()["error"]
     assert error["code"] == code
     assert message in error["message"]
+    assert (error["param"] or "prompt").isidentifier(), "a field of the body, without pydantic's names of branches"
 
 
 def test_bad_bodies_and_paths(http, client):
-    response = http.post("/v1/completions", content=b'{"model": ', headers={"content-type": "application/json"})
-    assert response.status_code == 400
-    assert "not valid JSON" in response.json()["error"]["message"]
+    for content, kind, message in (
+        (b'{"model": ', "application/json", "the body is not valid JSON (Expecting value)"),
+        (b"[1]", "application/json", "the body must be a JSON object"),
+        (b'{"model": "base", "prompt": "x"}', "text/plain", "send the body as JSON, with the header Content-Type"),
+        (b'{"model": "base", "prompt": "x"}', None, "send the body as JSON, with the header Content-Type"),
+    ):
+        response = http.post("/v1/completions", content=content, headers={"content-type": kind} if kind else {})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, None)
+        assert message in error["message"]
     assert http.get("/v1/nothing").status_code == 404
     assert http.get("/v1/completions").status_code == 405
     assert http.post("/v1/chat/completions", json={"model": "base", "messages": []}).status_code == 400
     assert http.get("/health").json() == {"status": "ok"}
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="nobody", prompt="x")
+
+
+NO_OPS = {
+    "temperature": None,
+    "top_p": None,
+    "n": None,
+    "stream": None,
+    "top_k": None,
+    "ignore_eos": None,
+    "stop_token_ids": None,
+    "max_tokens": None,
+    "stop": None,
+    "seed": None,
+    "user": None,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+    "logprobs": False,
+    "store": False,
+    "metadata": {"a": "b"},
+    "service_tier": "auto",
+    "stream_options": None,
+}
+CHAT_NO_OPS = {
+    "max_completion_tokens": None,
+    "top_logprobs": None,
+    "response_format": {"type": "text"},
+    "tools": [],
+    "parallel_tool_calls": True,
+}
+
+
+def test_fields_that_ask_for_nothing_are_taken(http):
+    seeded = {"model": "base", "seed": 3}
+    for path, asked, extra in (
+        ("/v1/completions", {"prompt": "x"}, {"best_of": 1, "echo": False, "suffix": "", "logprobs": None}),
+        ("/v1/chat/completions", {"messages": MESSAGES}, CHAT_NO_OPS),
+    ):
+        plain, full = (http.post(path, json=seeded | body) for body in (asked, NO_OPS | extra | asked | seeded))
+        assert (plain.status_code, full.status_code) == (200, 200), full.text
+        assert full.json()["choices"][0].keys() == plain.json()["choices"][0].keys()
+        both = (http.post(path, json=body | {"max_tokens": 6} | seeded).json() for body in (asked, NO_OPS | asked))
+        one, other = (answer["choices"] for answer in both)
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("response_format", {"type": "json_object"}),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("top_logprobs", 2),
+        ("logprobs", True),
+        ("store", True),
+        ("logit_bias", {"5": 1}),
+        ("service_tier", "flex"),
+    ],
+)
+def test_fields_that_ask_for_what_is_not_served(field, value, http):
+    response = http.post("/v1/chat/completions", json={"model": "base", "messages": MESSAGES, field: value})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, field)
+    assert "is not supported by this server, only" in error["message"]
+
+
+@pytest.mark.parametrize("options", [{"include_usage": None}, {"include_obfuscation": False}])
+def test_stream_options_that_ask_for_nothing(options, client):
+    stream = client.completions.create(
+        model="base", prompt="x", max_tokens=2, stream=True, stream_options=options, extra_body={"ignore_eos": True}
+    )
+    assert [c.usage for c in stream] == [None, None]
+
+
+def test_messages_in_parts_and_of_developers(client, http):
+    def ask(messages):
+        return client.chat.completions.create(model="wide", messages=messages, max_tokens=8, temperature=0)
+
+    parts = [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]
+    whole = ask([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi", "name": None}])
+    split = ask([{"role": "developer", "content": parts}, {"role": "user", "content": "hi", "name": "ann"}])
+    assert split.choices[0].message.content == whole.choices[0].message.content
+    assert split.usage == whole.usage
+    for content, message in (
+        ([{"type": "image_url", "image_url": {"url": "x"}}], 'a part of type "image_url" is not supported'),
+        ([{"type": "text"}], "a part of type text must have a text"),
+        (5, "Input should be a valid string"),
+    ):
+        messages = [{"role": "user", "content": content}]
+        error = http.post("/v1/chat/completions", json={"model": "base", "messages": messages}).json()["error"]
+        assert message in error["message"]
+        assert error["param"] == "messages.0.content"
+
+
+def test_list_of_one_prompt(client):
+    def ask(prompt):
+        answer = client.completions.create(model="few", prompt=prompt, max_tokens=8, temperature=0)
+        return answer.choices[0].text, answer.usage
+
+    assert ask(["abc"]) == ask("abc") == ask([97, 98, 99]) == ask([[97, 98, 99]])
+
+
+def test_one_model(client):
+    assert client.models.retrieve("dora").id == "dora"
+    with pytest.raises(openai.NotFoundError, match="no model 'nobody'"):
+        client.models.retrieve("nobody")
+
+
+def test_bad_requests_leave_running_ones_alone(http, engine, base, loras):
+    """Whatever a request asks, what runs beside it is answered as if it were alone."""
+    good = {"model": "plain", "prompt": "Once upon", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(http.post("/v1/completions", json=good)))
+    thread.start()
+    while not engine.scheduler.running:
+        time.sleep(0.001)
+    attacks = [{"prompt": [999_999]}, {"prompt": "\ud800"}, {"seed": 10**30}, {"prompt": [10**30]}]
+    for attack in attacks:
+        assert post(http, {"model": "few", "prompt": "x"} | attack).status_code == 400
+    assert post(http, {"model": "few", "prompt": "x", "temperature": 1e-40, "max_tokens": 3}).status_code == 200
+    assert engine.scheduler.running, "the long answer is under way all the time"
+    thread.join()
+    assert answers[0].json()["choices"][0]["text"] == expected_text(engine, base, loras, "plain", "Once upon", 200)
+
+
+def test_fault_of_the_router_ends_what_waits_for_it_only(client, engine, monkeypatch):
+    def broken(prompts):
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.router, "choose", broken)
+        stream = client.completions.create(
+            model="base", prompt="x", max_tokens=40, stream=True, extra_body={"ignore_eos": True}
+        )
+        with pytest.raises(openai.InternalServerError, match="the router failed"):
+            client.completions.create(model="auto", prompt="x", max_tokens=3)
+        assert [c.choices[0].finish_reason for c in stream][-1] == "length"
+    engine.check()
+
+
+def test_unexpected_fault_is_an_error_as_clients_expect_it(http, engine, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "submit", broken)
+        response = http.post("/v1/completions", json={"model": "base", "prompt": "x"})
+    assert response.status_code == 500
+    assert response.json()["error"] == {
+        "message": "the server failed; see its log",
+        "type": "server_error",
+        "param": None,
+        "code": "internal_error",
+    }
+
+
+def test_adapter_names_in_any_script(base, loras):
+    with Engine(str(base), {"日本 é": loras["few"]}) as engine, background_server(engine) as url:
+        body = {"model": "日本 é", "prompt": "x", "max_tokens": 2}
+        response = httpx.post(f"{url}/v1/completions", json=body, trust_env=False)
+        assert response.json()["model"] == "日本 é"
+        assert response.headers["x-toolkit-model"] == "%E6%97%A5%E6%9C%AC%20%C3%A9"
+        assert httpx.get(f"{url}/v1/models/日本 é", trust_env=False).json()["id"] == "日本 é"
 
 
 def wait_until_idle(engine: Engine) -> None:
@@ -266,6 +468,58 @@ def test_taken_port_is_one_clear_line(base):
             pass
 
 
+def test_second_server_on_a_port_fails_at_once(base):
+    listener = _listen("127.0.0.1", 0)
+    with contextlib.closing(listener):
+        port = listener.getsockname()[1]
+        with pytest.raises(OutputError, match=rf"cannot listen on 127\.0\.0\.1:{port}"):
+            _listen("127.0.0.1", port)
+
+
+def test_ipv6_addresses_are_in_brackets(base):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with Engine(str(base)) as engine, background_server(engine, host="::1") as url:
+        assert url.startswith("http://[::1]:")
+        assert httpx.get(f"{url}/health", trust_env=False).json() == {"status": "ok"}
+
+
+def test_errors_of_a_spec_name_its_keys_and_lines(base, tmp_path):
+    router = word_router(base)
+    router.save(tmp_path / "router")
+    spec = tmp_path / "serve.yaml"
+    spec.write_text(f"model: {base}\nrouter: {tmp_path / 'router'}\nport: 0\n")
+    with pytest.raises(
+        SpecError, match=r"serve\.yaml: line 2: router: the router chooses among wide, plain, which are"
+    ):
+        serve(spec, quiet=True)
+    spec.write_text(f"model: {base}\nport: 0\nlimits:\n  max_model_len: 999\n")
+    with pytest.raises(SpecError, match=r"serve\.yaml: line 4: limits\.max_model_len: the model takes at most 256"):
+        serve(spec, quiet=True)
+    with pytest.raises(UnsupportedError, match="unknown dtype 'bogus'"):
+        serve({"model": str(base), "port": 0, "dtype": "bogus"}, quiet=True)
+
+
+def test_same_base(tmp_path):
+    here, there = tmp_path / "a" / "base", tmp_path / "b" / "base"
+    here.mkdir(parents=True)
+    there.mkdir(parents=True)
+    for one, other, same in (
+        ("toolkit:base", "toolkit:base", True),
+        ("meta-llama/Llama-2-7b", "meta-llama/Llama-2-7b", True),
+        ("meta-llama/Llama-2-7b", "other/Llama-2-7b", False),
+        (str(here), f"{here}/../base", True),
+        (str(here), str(there), False),
+        ("owner/base", str(here), True),
+        ("owner/other", str(here), False),
+        ("/gone/base", str(here), True),
+        ("/gone/other", str(here), False),
+    ):
+        assert same_base(one, other) == same_base(other, one) == same, (one, other)
+
+
 def test_command_serves_until_it_is_told_to_stop(base, loras, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -282,6 +536,10 @@ def test_command_serves_until_it_is_told_to_stop(base, loras, tmp_path):
         "--port",
         str(port),
     ]
+    foreign = Path(shutil.copytree(loras["wide"], tmp_path / "foreign"))
+    config = json.loads((foreign / "adapter_config.json").read_text())
+    (foreign / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/else"}))
+    command += ["--adapter", f"foreign={foreign}"]
     environment = dict(os.environ, COLUMNS="150")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
@@ -294,11 +552,13 @@ def test_command_serves_until_it_is_told_to_stop(base, loras, tmp_path):
             except httpx.TransportError:
                 assert process.poll() is None
                 time.sleep(0.1)
-        assert names == ["base", "plain", "few"]
+        assert names == ["base", "plain", "few", "foreign"]
         process.send_signal(signal.SIGTERM)
         _, shown = process.communicate(timeout=60)
         assert f"listening on http://127.0.0.1:{port}/v1" in shown
         assert "LoRA, rank 2" in shown
+        assert shown.count("warning: ") == 1
+        assert f"warning: adapter foreign was trained on someone/else, but {base} is served" in shown
         assert process.returncode in (0, -signal.SIGTERM)
     finally:
         process.kill()

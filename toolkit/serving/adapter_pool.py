@@ -32,6 +32,7 @@ class AdapterInfo:
         key: hash of its content.
         source: folder it came from.
         description: kind, rank, modules.
+        base: model that the adapter says it was trained on.
         nbytes: of its factors on the device.
     """
 
@@ -39,6 +40,7 @@ class AdapterInfo:
     key: str
     source: str
     description: str
+    base: str | None
     nbytes: int
 
 
@@ -65,9 +67,10 @@ class AdapterPool:
             CheckpointError: broken, or made for another base.
             UnsupportedError: a kind that cannot be batched.
         """
-        if not name or name in RESERVED or any(c in name for c in _FORBIDDEN):
+        if not name or name in RESERVED or any(c in name for c in _FORBIDDEN) or not name.isprintable():
             raise RequestError(
-                f"adapter name {name!r}: use neither {', '.join(RESERVED)} nor any of {' '.join(_FORBIDDEN)}"
+                f"adapter name {name!r}: use printable characters, and neither {', '.join(RESERVED)} nor any of"
+                f" {' '.join(_FORBIDDEN)}"
             )
         adapter = open_adapter(source)
         key = adapter.content_hash
@@ -76,7 +79,7 @@ class AdapterPool:
                 self._layers[key] = self._install(adapter, key)
         nbytes = sum(_nbytes(layer.pairs[key]) for layer in self._layers[key])
         old = self.infos.get(name)
-        self.infos[name] = AdapterInfo(name, key, str(source), adapter.describe(), nbytes)
+        self.infos[name] = AdapterInfo(name, key, str(source), adapter.describe(), adapter.base_model, nbytes)
         if old:
             self._drop_unused(old.key)
         return self.infos[name]

@@ -7,6 +7,7 @@ pass through torch's attention, which is how prompts are embedded for routing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -104,13 +105,12 @@ def paged_attention(
     Returns:
         `[1, T, H, D]`.
     """
+    if paged is None and kwargs.get("softcap") is not None:
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        return _soft_capped(query, key, value, attention_mask, scale, kwargs["softcap"]), None
     if paged is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    unknown = [name for name, given in kwargs.items() if given is not None and name not in _UNDERSTOOD]
-    if unknown:
-        raise UnsupportedError(
-            f"{type(module).__name__} passes {', '.join(unknown)}, which paged attention does not know"
-        )
+    _check_understood(module, attention_mask, kwargs)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     batch = paged.batch
     k_cache, v_cache = paged.cache.layer(int(module.layer_idx), k, v)  # pyright: ignore[reportArgumentType]
@@ -132,6 +132,36 @@ def paged_attention(
         out = prefill_attention(q[rows[n] :], k_cache, v_cache, starts, batch.lengths[n:], batch.tables[n:], **options)
         parts.append(out[0])
     return torch.cat(parts)[None], None
+
+
+def _soft_capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    soft_cap: float,
+) -> torch.Tensor:
+    """Attend with capped scores, which torch's attention cannot; shapes as in `paged_attention`, of any batch size."""
+    groups, length = query.shape[1] // key.shape[1], key.shape[2]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = soft_cap * torch.tanh(torch.matmul(query, key.transpose(2, 3)).float() * scaling / soft_cap)
+    if mask is None:  # transformers makes none where it is the causal one
+        mask = torch.ones(query.shape[2], length, dtype=torch.bool, device=query.device).tril(length - query.shape[2])
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    return torch.matmul(scores.softmax(dim=-1).to(value.dtype), value).transpose(1, 2)
+
+
+def _check_understood(module: nn.Module, mask: torch.Tensor | None, options: Mapping[str, Any]) -> None:
+    """Refuse what would be ignored: options that ask for something, and any mask but the engine's placeholder."""
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    unknown = [name for name in given if name not in _UNDERSTOOD]
+    if unknown:
+        raise UnsupportedError(
+            f"{type(module).__name__} passes {', '.join(unknown)}, which paged attention does not know"
+        )
+    if mask is not None and mask.numel() > 1:
+        raise UnsupportedError(f"{type(module).__name__} makes a mask of its own, which paged attention cannot apply")
 
 
 AttentionInterface.register(NAME, paged_attention)

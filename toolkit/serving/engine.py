@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,16 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
+from toolkit.checkpoints.dtypes import by_torch_name
 from toolkit.checkpoints.locate import locate
-from toolkit.errors import MissingError, RequestError
+from toolkit.errors import MissingError, Problem, RequestError, SpecError, UnsupportedError
 from toolkit.kernels.grouped_lora import Segment
 from toolkit.kernels.impl import Impl
-from toolkit.models.load import load_model, pick_device
+from toolkit.models.load import LoadedModel, load_model, pick_device, quiet_transformers
 from toolkit.routing.embedding import HiddenStates
 from toolkit.routing.router import Choice, Router, load_router
 from toolkit.serving.adapter_pool import AdapterInfo, AdapterPool
@@ -35,6 +37,9 @@ from toolkit.serving.spec import Limits
 from toolkit.serving.text import TextStream
 
 BASE, AUTO = "base", "auto"
+
+T = TypeVar("T")
+log = logging.getLogger("toolkit.serving")
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,15 @@ class Ticket:
     on_choice: Callable[[Choice], None] | None = field(default=None, repr=False)
 
     def answer(self) -> Answer:
-        """Return the finished answer."""
+        """Return the finished answer.
+
+        Raises:
+            RequestError: there is none, for the request ended with an error.
+        """
         request = self.request
         assert request.finished is not None
+        if request.finished == "error":
+            raise RequestError(request.error)
         return Answer(request.text, request.output, self.model, request.finished, len(request.prompt), self.choice)
 
 
@@ -94,13 +105,14 @@ class Engine:
         adapters: PEFT LoRA folders by name.
         router: a saved router, or one in memory; it is asked for the model `auto`.
         limits: sizes of the batch and of the cache.
-        device: `auto`, `cpu`, `cuda`, ...
-        dtype: of the weights, such as `bfloat16`; by default as stored, but float32 on a CPU.
+        device: `auto`, `cpu`, `cuda`, ...; a model that comes as an object stays where it is.
+        dtype: of the weights, such as `bfloat16`; by default as stored, but float32 on a CPU; of an object its own.
         impl: form of the operations, `None` for the device's own.
         trust_remote_code: run code that comes with the model.
 
     Raises:
         UnsupportedError: the model, or an adapter, cannot be served.
+        SpecError: the limits are more than the model takes, or the router chooses among what is not served.
     """
 
     def __init__(
@@ -116,18 +128,26 @@ class Engine:
         trust_remote_code: bool = False,
     ) -> None:
         limits = limits or Limits()
-        loaded = load_model(
-            model,
-            device=pick_device(device),
-            dtype=getattr(torch, dtype) if dtype else None,
-            attention=NAME,
-            trust_remote_code=trust_remote_code,
-        )
+        loaded = _load(model, device, dtype, trust_remote_code)
         self.source, self.model, self.tokenizer = loaded.source, loaded.model, loaded.tokenizer
         self._attention_before = str(self.model.config._attn_implementation)
+        self._training_before = [module for module in self.model.modules() if module.training]
+        try:
+            self._set_up(limits, impl)
+            for name, source in (adapters or {}).items():
+                self.add_adapter(name, source)
+            if router is not None:
+                self.set_router(router)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, limits: Limits, impl: Impl | None) -> None:
+        self.model.eval()
         if self._attention_before != NAME:
-            self.model.set_attn_implementation(NAME)
+            _set_attention(self.model, NAME)
         self.max_model_len = self._longest(limits)
+        self.default_max_tokens = limits.default_max_tokens
         pool = PagePool(limits.num_pages(self.max_model_len), limits.page_size)
         batch = BatchAdapters(impl=impl)
         self.runner = Runner(self.model, pool, batch, impl)
@@ -139,14 +159,13 @@ class Engine:
         self._tickets: dict[Request, Ticket] = {}
         self._unrouted: list[Ticket] = []
         self._ids = itertools.count(1)
-        for name, source in (adapters or {}).items():
-            self.add_adapter(name, source)
-        if router is not None:
-            self.set_router(router)
 
     def _longest(self, limits: Limits) -> int:
-        known = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 4096
-        return min(known, limits.max_model_len or known)
+        known = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        wanted = limits.max_model_len
+        if known and wanted and wanted > known:
+            raise SpecError([Problem("limits.max_model_len", f"the model takes at most {known} tokens, got {wanted}")])
+        return wanted or known or 4096
 
     @property
     def models(self) -> list[str]:
@@ -165,12 +184,14 @@ class Engine:
         """Use a router for the model `auto`.
 
         Raises:
-            RequestError: it chooses among experts that are not served.
+            SpecError: it chooses among experts that are not served.
         """
         loaded = router if isinstance(router, Router) else load_router(router)
         absent = [name for name in loaded.experts if name != BASE and name not in self.adapters.infos]
         if absent:
-            raise RequestError(f"the router chooses among {', '.join(absent)}, which are not served")
+            served = ", ".join([BASE, *self.adapters.infos])
+            message = f"the router chooses among {', '.join(absent)}, which are not served (served: {served})"
+            raise SpecError([Problem("router", message)])
         if self._embeds_with_this_base(loaded):
             loaded.embedder = HiddenStates(
                 self.model, self.tokenizer, loaded.embedding.layer, loaded.embedding.max_length
@@ -207,10 +228,10 @@ class Engine:
         if model not in self.models:
             raise RequestError(f"no model {model!r} (served: {', '.join(self.models)})", "model_not_found")
         sampling = sampling or Sampling()
-        ids, text = encode_prompt(self.tokenizer, prompt)
+        ids, text = encode_prompt(self.tokenizer, prompt, self.runner.vocabulary)
         if not ids:
             raise RequestError("the prompt is empty")
-        limit = max(1, self.max_model_len - len(ids)) if sampling.max_tokens is None else sampling.max_tokens
+        limit = self._default_limit(len(ids)) if sampling.max_tokens is None else sampling.max_tokens
         if len(ids) + limit > self.max_model_len:
             raise RequestError(
                 f"{len(ids)} prompt tokens and {limit} to generate are more than the"
@@ -219,7 +240,9 @@ class Engine:
             )
         sampling = replace(sampling, max_tokens=limit)
         request = Request(f"r{next(self._ids)}", ids, None, sampling, on_delta)
-        ticket = Ticket(request, model, text, TextStream(self.tokenizer, sampling.stop), on_choice=on_choice)
+        self.scheduler.check_fits(request)
+        stream = TextStream(self.tokenizer, sampling.stop, ids)
+        ticket = Ticket(request, model, text, stream, on_choice=on_choice)
         if model == AUTO:
             self._unrouted.append(ticket)
         else:
@@ -227,14 +250,15 @@ class Engine:
         self._tickets[request] = ticket
         return ticket
 
+    def _default_limit(self, prompt_tokens: int) -> int:
+        """Return the tokens of an answer whose request names no limit; see `Limits`."""
+        room = min(self.max_model_len, self.scheduler.pool.capacity) - prompt_tokens
+        return max(1, min(self.default_max_tokens, room))
+
     def _queue(self, ticket: Ticket) -> None:
         if ticket.model != BASE:
             ticket.request.adapter = self.adapters.acquire(ticket.model)
-        try:
-            self.scheduler.add(ticket.request)
-        except RequestError:
-            self._release(ticket.request)
-            raise
+        self.scheduler.add(ticket.request)
 
     def cancel(self, ticket: Ticket) -> None:
         """End a request and free its pages at once."""
@@ -263,24 +287,37 @@ class Engine:
         complete, logits = self.runner.run(work)
         requests = [w.request for w in complete]
         for request, token in zip(requests, self.sampler.sample(requests, logits), strict=True):
-            self._advance(self._tickets[request], token)
+            ticket = self._tickets.get(request)
+            if ticket is None:
+                continue  # a receiver of this step's text has cancelled it
+            if token is None:
+                self._end(ticket, "error", f"the logits of {ticket.model!r} are no numbers, so no token can be chosen")
+            else:
+                self._advance(ticket, token)
         return self.has_work
 
     def _route(self) -> None:
         if not self._unrouted or self.router is None:
             return
         tickets, self._unrouted = self._unrouted, []
-        for ticket, choice in zip(tickets, self.router.choose([t.user_text for t in tickets]), strict=True):
+        try:
+            choices = self.router.choose([t.user_text for t in tickets])
+        except Exception:
+            # What already runs goes on: it needs no router.
+            log.exception("the router failed; the requests that wait for it end with an error")
+            for ticket in tickets:
+                self._end(ticket, "error", "the router failed; see the server's log")
+            return
+        for ticket, choice in zip(tickets, choices, strict=True):
             ticket.choice, ticket.model = choice, choice.expert
             self.decisions[choice.expert] += 1
-            if ticket.on_choice:
-                ticket.on_choice(choice)
-            try:
-                if choice.expert != BASE and choice.expert not in self.adapters.infos:
-                    raise RequestError(f"the router chose {choice.expert}, which was removed")
+            self._tell(ticket, ticket.on_choice, choice)
+            if ticket.request.finished is not None:
+                continue
+            if choice.expert != BASE and choice.expert not in self.adapters.infos:
+                self._end(ticket, "error", f"the router chose {choice.expert}, which was removed")
+            else:
                 self._queue(ticket)
-            except RequestError as error:
-                self._end(ticket, "error", str(error))
 
     def _advance(self, ticket: Ticket, token: int) -> None:
         request, sampling = ticket.request, ticket.request.sampling
@@ -294,8 +331,19 @@ class Engine:
             self._end(ticket, "stop", new=new)
         elif request.num_tokens >= request.max_tokens:
             self._end(ticket, "length", new=new)
-        elif request.on_delta:
-            request.on_delta(Delta(new, len(request.output)))
+        else:
+            self._tell(ticket, request.on_delta, Delta(new, len(request.output)))
+
+    def _tell(self, ticket: Ticket, receiver: Callable[[T], None] | None, item: T) -> None:
+        """Call a receiver; one that fails loses its request, and nobody else theirs."""
+        if receiver is None:
+            return
+        try:
+            receiver(item)
+        except Exception:
+            log.exception("the receiver of request %s failed; the request is cancelled", ticket.request.id)
+            ticket.request.on_delta = None
+            self.cancel(ticket)
 
     @property
     def _end_tokens(self) -> set[int]:
@@ -308,13 +356,12 @@ class Engine:
         request = ticket.request
         if reason in ("stop", "length") and not ticket.stream.stopped:
             new += ticket.stream.finish(request.output)
-        request.text, request.finished = ticket.stream.text, reason
+        request.text, request.finished, request.error = ticket.stream.text, reason, error
         self.scheduler.finish(request)
         self._release(request)
         self.sampler.forget(request)
         self._tickets.pop(request, None)
-        if request.on_delta:
-            request.on_delta(Delta(new, len(request.output), reason, error))
+        self._tell(ticket, request.on_delta, Delta(new, len(request.output), reason, error))
 
     def _release(self, request: Request) -> None:
         if request.adapter is not None:
@@ -336,11 +383,20 @@ class Engine:
 
         Returns:
             One answer per prompt, in order.
+
+        Raises:
+            RequestError: a prompt cannot be answered; the others are given up.
         """
         names = [models] * len(prompts) if isinstance(models, str) else list(models)
-        tickets = [self.submit(prompt, name, sampling) for prompt, name in zip(prompts, names, strict=True)]
-        while any(ticket.request.finished is None for ticket in tickets):
-            self.step()
+        tickets: list[Ticket] = []
+        try:
+            for prompt, name in zip(prompts, names, strict=True):
+                tickets.append(self.submit(prompt, name, sampling))
+            while any(ticket.request.finished is None for ticket in tickets):
+                self.step()
+        finally:
+            for ticket in tickets:
+                self.cancel(ticket)  # leaves the finished alone
         return [ticket.answer() for ticket in tickets]
 
     @contextmanager
@@ -364,10 +420,41 @@ class Engine:
         """Give a model that came as an object back as it was."""
         unwrap_all(self.model)
         if self._attention_before != NAME:
-            self.model.set_attn_implementation(self._attention_before)
+            _set_attention(self.model, self._attention_before)
+        for module in self._training_before:
+            module.training = True
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _load(model: Any, device: str, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
+    """Load what is served; of a model that came as an object, check that it is as it is asked for."""
+    form = by_torch_name(dtype) if dtype else None
+    if form and not form.floating:
+        raise UnsupportedError(f"dtype {dtype!r} is not one that a model can run in; use bfloat16, float16 or float32")
+    wanted = getattr(torch, form.torch) if form else None
+    place = pick_device(device)
+    if isinstance(model, tuple | LoadedModel):
+        loaded = load_model(model)
+        own = loaded.model.device
+        if device != "auto" and (place.type != own.type or place.index not in (None, own.index)):
+            raise UnsupportedError(f"the model is on {own}, not on {device}; move it first, or leave device out")
+        if wanted not in (None, loaded.model.dtype):
+            raise UnsupportedError(
+                f"the model is in {loaded.model.dtype}, not in {wanted}; convert it first, or leave dtype out"
+            )
+        return loaded
+    return load_model(model, device=place, dtype=wanted, attention=NAME, trust_remote_code=trust_remote_code)
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """Change a model's attention; whether it could, the runner sees."""
+    with quiet_transformers():
+        try:
+            model.set_attn_implementation(name)
+        except ValueError as error:
+            raise UnsupportedError(f"{type(model).__name__} cannot take another attention ({error})") from None

@@ -23,6 +23,11 @@ class PagePool:
         """Pages that nobody owns."""
         return len(self._free)
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that all pages hold."""
+        return self.num_pages * self.page_size
+
     def pages_for(self, num_tokens: int) -> int:
         """Return how many pages a sequence of that many tokens takes."""
         return -(-num_tokens // self.page_size)

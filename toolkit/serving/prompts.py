@@ -12,18 +12,53 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or chat messages."""
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> tuple[list[int], str]:
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocabulary: int | None = None) -> tuple[list[int], str]:
     """Turn a prompt into token ids, and into the text that a router looks at.
 
+    Args:
+        tokenizer: of the model.
+        prompt: what was asked.
+        vocabulary: rows of the model's input embedding, below which every id must be; `None` does not ask.
+
     Raises:
-        RequestError: messages without a chat template, or that the template refuses.
+        RequestError: ids that the model does not have, text that is not Unicode, messages without a chat template
+            or that the template refuses.
     """
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt), prompt
-    if all(isinstance(token, int) for token in prompt):
+        _check_text(prompt)
+        ids, text = tokenizer.encode(prompt), prompt
+    elif all(isinstance(token, int) for token in prompt):
         ids = [int(token) for token in cast(Sequence[int], prompt)]
-        return ids, tokenizer.decode(ids, skip_special_tokens=True)
-    chat = [dict(message) for message in cast(Sequence[Mapping[str, Any]], prompt)]
+        _check_ids(ids, vocabulary)  # before they are decoded, which some would break
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+    elif all(isinstance(message, Mapping) for message in prompt):
+        ids, text = _encode_chat(tokenizer, cast(Sequence[Mapping[str, Any]], prompt))
+    else:
+        raise RequestError("a prompt is a text, a list of token ids or a list of chat messages")
+    # A tokenizer, too, can have tokens that the model does not: added ones, for which no embedding was made.
+    _check_ids(ids, vocabulary)
+    return ids, text
+
+
+def _check_ids(ids: Sequence[int], vocabulary: int | None) -> None:
+    if vocabulary is None:
+        return
+    wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise RequestError(f"the prompt has token id {wrong}, but the model's ids are 0 to {vocabulary - 1}")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError("the prompt is not valid Unicode") from None
+
+
+def _encode_chat(tokenizer: Tokenizer, prompt: Sequence[Mapping[str, Any]]) -> tuple[list[int], str]:
+    chat = [dict(message) for message in prompt]
+    for value in (value for message in chat for value in message.values() if isinstance(value, str)):
+        _check_text(value)
     if not tokenizer.chat_template:
         raise RequestError("the model has no chat template; ask for a completion of a text instead")
     try:

@@ -2,44 +2,87 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 from typing_extensions import override
 
 from toolkit.routing.router import Choice
 from toolkit.serving.prompts import Prompt
-from toolkit.serving.request import FinishReason, Sampling
+from toolkit.serving.request import SEEDS, FinishReason, Sampling
 
 
-class StreamOptions(BaseModel):
+def _only(*accepted: Any) -> AfterValidator:
+    """Return the check of a field that is not served: clients may send the values that ask for nothing."""
+
+    def check(value: Any) -> Any:
+        # In Python, 0 is False and 1 is True; in JSON they are not.
+        if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in accepted):
+            return value
+        known = " or ".join(json.dumps(one) for one in (*accepted, None))
+        raise PydanticCustomError(
+            "unsupported",
+            "{given} is not supported by this server, only {known}",
+            {"given": _short(value), "known": known},
+        )
+
+    return AfterValidator(check)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class _Object(BaseModel):
+    """A JSON object: an unknown key is refused, never ignored; null is as good as leaving a key out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+
+
+class StreamOptions(_Object):
     """What a stream carries besides text."""
 
-    model_config = ConfigDict(extra="forbid")
-
     include_usage: bool = False
+    include_obfuscation: Annotated[Any, _only(False)] = None
 
 
-class _Body(BaseModel):
-    """What completions and chat completions share; a field that is not served is refused, never ignored."""
-
-    model_config = ConfigDict(extra="forbid")
+class _Body(_Object):
+    """What completions and chat completions share."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=SEEDS[0], le=SEEDS[1])] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
     n: Literal[1] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
+    # These describe a request and change no answer.
     user: str | None = None
+    metadata: dict[str, Any] | None = None
+    # These are not served.
+    presence_penalty: Annotated[Any, _only(0)] = None
+    frequency_penalty: Annotated[Any, _only(0)] = None
+    logit_bias: Annotated[Any, _only({})] = None
+    logprobs: Annotated[Any, _only(False)] = None
+    store: Annotated[Any, _only(False)] = None
+    service_tier: Annotated[Any, _only("auto", "default")] = None
 
     @property
     def limit(self) -> int | None:
@@ -66,11 +109,25 @@ class _Body(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
+def _one_prompt(value: Any) -> Any:
+    """Unwrap a list of one prompt."""
+    if isinstance(value, list) and value and all(isinstance(item, str | list) for item in value):
+        if len(value) > 1:
+            raise PydanticCustomError("prompts", "one prompt per request, got {count}", {"count": len(value)})
+        value = value[0]
+    if isinstance(value, str) or (isinstance(value, list) and all(type(token) is int for token in value)):
+        return value
+    raise PydanticCustomError("prompt", "Input should be a text or a list of token ids")
+
+
 class CompletionBody(_Body):
     """Body of `/v1/completions`."""
 
-    prompt: str | list[int]
+    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
     max_tokens: Annotated[int, Field(ge=1)] = 16
+    best_of: Annotated[Any, _only(1)] = None
+    echo: Annotated[Any, _only(False)] = None
+    suffix: Annotated[Any, _only("")] = None
 
     @property
     def asked(self) -> Prompt:
@@ -83,13 +140,32 @@ class CompletionBody(_Body):
         return self.max_tokens
 
 
-class Message(BaseModel):
+def _role(value: Any) -> Any:
+    return "system" if value == "developer" else value
+
+
+def _joined(value: Any) -> Any:
+    """Join the parts of a content that comes in parts."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            message = "a part of type {kind} is not supported by this server, only text"
+            raise PydanticCustomError("unsupported", message, {"kind": _short(kind)})
+        if not isinstance(part.get("text"), str):
+            raise PydanticCustomError("text_part", "a part of type text must have a text")
+    return "".join(part["text"] for part in value)
+
+
+class Message(_Object):
     """One chat message."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["system", "user", "assistant"]
-    content: str
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_role)]
+    content: Annotated[str, BeforeValidator(_joined)]
+    name: str | None = None
+    refusal: Annotated[Any, _only()] = None
+    tool_calls: Annotated[Any, _only([])] = None
 
 
 class ChatBody(_Body):
@@ -98,11 +174,16 @@ class ChatBody(_Body):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: Annotated[Any, _only()] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
 
     @property
     def asked(self) -> Prompt:
-        """The messages."""
-        return [message.model_dump() for message in self.messages]
+        """The messages, as a chat template takes them."""
+        return [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in self.messages]
 
     @property
     @override
@@ -161,10 +242,20 @@ def usage(prompt_tokens: int, tokens: int) -> dict[str, int]:
 
 def model_list(names: Sequence[str], created: int) -> dict[str, Any]:
     """Return the body of `/v1/models`."""
-    data = [{"id": name, "object": "model", "created": created, "owned_by": "composition-toolkit"} for name in names]
-    return {"object": "list", "data": data}
+    return {"object": "list", "data": [model_entry(name, created) for name in names]}
+
+
+def model_entry(name: str, created: int) -> dict[str, Any]:
+    """Return the body of `/v1/models/NAME`."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "composition-toolkit"}
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """Return an error as OpenAI's clients expect it."""
+    """Return an error as OpenAI's clients expect it; what is not Unicode in it is escaped."""
+    message, param = _unicode(message), _unicode(param) if param else None
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _unicode(text: str) -> str:
+    """Escape lone surrogates, which JSON can carry in but which cannot be written out."""
+    return text.encode(errors="backslashreplace").decode()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from toolkit.errors import RequestError
+
+SEEDS = (-(2**63), 2**64 - 1)
+"""Smallest and largest seed that torch's generators take."""
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -15,14 +21,17 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        max_tokens: most tokens to generate; `None` for as many as the model takes.
-        temperature: of the softmax; 0 takes the most likely token.
+        max_tokens: most tokens to generate; `None` for the engine's `limits.default_max_tokens`, or as many as fit.
+        temperature: of the softmax; 0, or less than 1e-5, takes the most likely token.
         top_k: choose among this many most likely tokens; 0 among all.
         top_p: choose among the fewest tokens that hold this much of the probability.
         seed: makes the choice reproducible, whatever else is in the batch.
         stop: texts that end the answer; they are not part of it.
         stop_token_ids: tokens that end it, besides the model's own.
         ignore_eos: go on after the model's end token.
+
+    Raises:
+        RequestError: a value that means nothing.
     """
 
     max_tokens: int | None = 64
@@ -33,6 +42,20 @@ class Sampling:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        least, most = SEEDS
+        checks = (
+            ("max_tokens", "at least 1", self.max_tokens is None or self.max_tokens >= 1),
+            ("temperature", "finite and at least 0", 0 <= self.temperature < math.inf),
+            ("top_k", "at least 0", self.top_k >= 0),
+            ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+            ("seed", f"from {least} to {most}", self.seed is None or least <= self.seed <= most),
+            ("stop", "a list of texts", not isinstance(self.stop, str)),
+        )
+        for name, expected, holds in checks:
+            if not holds:
+                raise RequestError(f"{name} must be {expected}, not {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +89,7 @@ class Request:
         num_computed: leading tokens whose keys and values are in the pool.
         text: answer so far.
         finished: why it ended.
+        error: what went wrong, when `finished` is `error`.
     """
 
     id: str
@@ -77,6 +101,7 @@ class Request:
     num_computed: int = 0
     text: str = ""
     finished: FinishReason | None = None
+    error: str = ""
     arrived: float = field(default_factory=time.monotonic)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +17,14 @@ from toolkit.kernels.paging import PagedBatch
 from toolkit.serving.attention import NAME, KVCache, PagedStep
 from toolkit.serving.layers import BatchAdapters
 from toolkit.serving.pages import PagePool
+from toolkit.serving.request import Request
 from toolkit.serving.scheduler import Work
+
+LONGEST_PROBE = 64
+"""Most tokens of the prompt that a model is tried with."""
+
+EXACT, ROUNDED = 1e-3, 5e-2
+"""How far paged and ordinary logits may be apart, as a share of their spread: with 32 bits or more, with fewer."""
 
 
 class Runner:
@@ -28,8 +36,13 @@ class Runner:
         batch: where the model's layers look for the step's adapters.
         impl: form of the operations, `None` for the device's own.
 
+    Attributes:
+        cache: keys and values of all layers.
+        vocabulary: rows of the input embedding, below which every id must be.
+
     Raises:
-        UnsupportedError: the model's attention does not go through transformers' interface.
+        UnsupportedError: the model's attention does not go through transformers' interface, or does what paged
+            attention does not.
     """
 
     def __init__(self, model: PreTrainedModel, pool: PagePool, batch: BatchAdapters, impl: Impl | None = None) -> None:
@@ -37,21 +50,83 @@ class Runner:
         self.impl: Impl | None = impl
         self.cache = KVCache(pool.num_pages, pool.page_size)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
         self._probe()
 
     def _probe(self) -> None:
-        """Run one token, which allocates the cache of every layer and shows that attention is ours."""
+        """Answer a prompt as the engine does and as the model does by itself: the logits must be the same.
+
+        This allocates the cache of every layer as well.
+        """
+        kind, config = type(self.model).__name__, self.model.config.get_text_config()
         if getattr(self.model.config, "_attn_implementation", None) != NAME:
-            raise UnsupportedError(f"{type(self.model).__name__} cannot take another attention, so it cannot be served")
-        nowhere = torch.zeros(1, dtype=torch.long, device=self.model.device)
-        batch = PagedBatch([0, 1], [1], nowhere[None], nowhere, num_decodes=1)
-        with torch.inference_mode():
-            self._forward([0], [0], batch, [0])
-        wanted = self.model.config.get_text_config().num_hidden_layers
+            raise UnsupportedError(f"{kind} cannot take another attention, so it cannot be served")
+        if getattr(config, "attention_chunk_size", None):
+            raise UnsupportedError(
+                f"{kind} attends in chunks of {config.attention_chunk_size} tokens (attention_chunk_size), which paged"
+                " attention does not know, so it cannot be served"
+            )
+        ids = self._probe_ids()
+        try:
+            paged = self._paged_logits(ids)
+            plain = self._plain_logits(ids)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{error}, so {kind} cannot be served") from None
+        except Exception as error:  # whatever a model's own code raises
+            reason = " ".join(str(error).split())[:200]
+            raise UnsupportedError(f"{kind} cannot be served: {type(error).__name__}: {reason}") from error
+        wanted = config.num_hidden_layers
         if len(self.cache.keys) != wanted:
             raise UnsupportedError(
-                f"{type(self.model).__name__}: {len(self.cache.keys)} of {wanted} layers attend through transformers'"
+                f"{kind}: {len(self.cache.keys)} of {wanted} layers attend through transformers'"
                 " attention interface, so it cannot be served"
+            )
+        self._compare(paged, plain)
+
+    def _probe_ids(self) -> list[int]:
+        """Return ids that fill more than a page and more than the window twice, as far as that stays cheap.
+
+        A window beyond `LONGEST_PROBE` is not reached; a layer hands it to attention as it does a short one.
+        """
+        config = self.model.config.get_text_config()
+        window, most = (getattr(config, n, None) for n in ("sliding_window", "max_position_embeddings"))
+        spans = [self.pool.page_size, *([window] if isinstance(window, int) else [])]
+        length = min(2 * max(spans) + 3, LONGEST_PROBE, most or LONGEST_PROBE, self.pool.capacity)
+        return [(31 + 97 * i) % self.vocabulary for i in range(length)]
+
+    def _paged_logits(self, ids: list[int]) -> torch.Tensor:
+        """Return `[2, V]`, what follows the last two ids: a prompt in two chunks, then a token of the answer."""
+        request = Request("probe", ids[:-1])
+        self.pool.allocate(request, len(ids))
+        try:
+            half = len(request.prompt) // 2
+            if half:
+                self.run([Work(request, half)])
+            _, after_prompt = self.run([Work(request, len(request.prompt) - half)])
+            request.output.append(ids[-1])
+            _, after_answer = self.run([Work(request, 1)])
+        finally:
+            self.pool.free(request)
+        return torch.cat([after_prompt, after_answer])
+
+    def _plain_logits(self, ids: list[int]) -> torch.Tensor:
+        extra = {"logits_to_keep": 2} if self._keeps_logits else {}
+        with torch.inference_mode():
+            output = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False, **extra)
+        return output.logits[0, -2:].float()
+
+    def _compare(self, paged: torch.Tensor, plain: torch.Tensor) -> None:
+        kind = type(self.model).__name__
+        finite = plain.isfinite()
+        if not finite.any():
+            raise UnsupportedError(f"{kind}: its logits are no numbers; are its weights whole?")
+        spread = plain[finite].max() - plain[finite].min()
+        off = (paged[finite] - plain[finite]).abs().max()
+        allowed = EXACT if self.model.dtype.itemsize >= 4 else ROUNDED
+        if not off <= allowed * spread:
+            raise UnsupportedError(
+                f"{kind}: with paged attention its logits are off by {off / spread:.2g} of their spread (allowed"
+                f" {allowed:g}): something in it is not known here, so it cannot be served"
             )
 
     def run(self, step: Sequence[Work]) -> tuple[list[Work], torch.Tensor]:
@@ -83,7 +158,7 @@ class Runner:
             input_ids=torch.tensor([tokens], device=device),
             position_ids=torch.tensor([positions], device=device),
             # transformers returns a mask of four dimensions as it is, so none is built; ours needs none.
-            attention_mask=torch.empty(1, 1, 1, 1, device=device),
+            attention_mask=torch.zeros(1, 1, 1, 1, device=device),
             use_cache=False,
             paged=PagedStep(self.cache, batch, self.impl),
             **extra,

@@ -8,6 +8,9 @@ import torch
 
 from toolkit.serving.request import Request, Sampling
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below it take the most likely token: dividing by them would overflow."""
+
 
 class Sampler:
     """Samples for requests, each with a generator of its own."""
@@ -15,13 +18,21 @@ class Sampler:
     def __init__(self) -> None:
         self._generators: dict[Request, torch.Generator] = {}
 
-    def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> list[int]:
-        """Return one token per request; `logits` is `[len(requests), V]` float32."""
+    def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> list[int | None]:
+        """Return one token per request, or `None` where the logits are no distribution.
+
+        Args:
+            requests: whose turn it is.
+            logits: `[len(requests), V]` float32; -inf is a token that cannot come.
+        """
         best = logits.argmax(dim=-1).tolist()
-        return [
-            best[i] if request.sampling.temperature == 0 else self._draw(request, logits[i])
-            for i, request in enumerate(requests)
-        ]
+        usable = logits.amax(dim=-1).isfinite().tolist()
+        return [self._token(*row) for row in zip(requests, logits, best, usable, strict=True)]
+
+    def _token(self, request: Request, logits: torch.Tensor, best: int, usable: bool) -> int | None:
+        if not usable:
+            return None
+        return best if request.sampling.temperature < GREEDY_BELOW else self._draw(request, logits)
 
     def forget(self, request: Request) -> None:
         """Drop what is kept for a request."""

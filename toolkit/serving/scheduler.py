@@ -58,12 +58,19 @@ class Scheduler:
         Raises:
             RequestError: it could never fit into the pool.
         """
-        if self.pool.pages_for(request.max_tokens) > self.pool.num_pages:
-            capacity = self.pool.num_pages * self.pool.page_size
-            raise RequestError(
-                f"prompt and answer can come to {request.max_tokens} tokens, but the cache holds {capacity}"
-            )
+        self.check_fits(request)
         self.waiting.append(request)
+
+    def check_fits(self, request: Request) -> None:
+        """Refuse a request that could never start.
+
+        Raises:
+            RequestError: it could never fit into the pool.
+        """
+        if self.pool.pages_for(request.max_tokens) > self.pool.num_pages:
+            raise RequestError(
+                f"prompt and answer can come to {request.max_tokens} tokens, but the cache holds {self.pool.capacity}"
+            )
 
     def schedule(self) -> list[Work]:
         """Choose the work of the next step: answers first, then prompts in order of arrival."""

@@ -7,13 +7,17 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from toolkit import specs
-from toolkit.errors import OutputError, UnsupportedError
+from toolkit.errors import OutputError, SpecError, UnsupportedError
 from toolkit.serving.engine import Engine
 from toolkit.serving.spec import ServeSpec
 from toolkit.tables import Table, human_bytes
+
+BACKLOG = 2048
+"""Connections that wait to be accepted, such as while the model loads."""
 
 
 def serve(
@@ -50,15 +54,20 @@ def serve(
 
 def open_engine(spec: ServeSpec) -> Engine:
     """Load the engine of a spec."""
-    return Engine(
-        spec.model,
-        spec.adapters,
-        spec.router,
-        limits=spec.limits,
-        device=spec.device,
-        dtype=spec.dtype,
-        trust_remote_code=spec.trust_remote_code,
-    )
+    try:
+        return Engine(
+            spec.model,
+            spec.adapters,
+            spec.router,
+            limits=spec.limits,
+            device=spec.device,
+            dtype=spec.dtype,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    except SpecError as error:
+        if error.source:
+            raise  # of another file
+        raise spec.error(error.problems) from None
 
 
 @contextlib.contextmanager
@@ -75,7 +84,7 @@ def background_server(
             if not thread.is_alive():
                 raise OutputError("the server did not start; see its log")
             time.sleep(0.01)
-        yield f"http://{host}:{listener.getsockname()[1]}"
+        yield f"http://{_address(host, listener.getsockname()[1])}"
     finally:
         server.should_exit = True
         thread.join()
@@ -98,24 +107,52 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        # Two sockets may be bound to a port, but only one can listen; so the second server learns it before it loads.
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise OutputError(f"cannot listen on {host}:{port} ({error.strerror})") from None
+        raise OutputError(f"cannot listen on {_address(host, port)} ({error.strerror})") from None
     return listener
+
+
+def _address(host: str, port: int) -> str:
+    """Return host and port as URLs have them: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _announce(engine: Engine, spec: ServeSpec, listener: socket.socket) -> None:
     from rich.console import Console
 
     host, port = listener.getsockname()[:2]
+    address = _address(host, port)
     console = Console(stderr=True)
     console.print(adapters_table(engine))
     cache, pool = engine.runner.cache, engine.scheduler.pool
     tokens = pool.num_pages * pool.page_size
     console.print(f"cache  {tokens:,} tokens in {pool.num_pages:,} pages, {human_bytes(cache.nbytes)}")
-    console.print(f"listening on http://{host}:{port}/v1 (stop with Ctrl-C)", highlight=False)
+    console.print(f"listening on http://{address}/v1 (stop with Ctrl-C)", highlight=False, markup=False)
+    for warning in _warnings(engine, spec, host, address):
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _warnings(engine: Engine, spec: ServeSpec, host: str, address: str) -> Iterator[str]:
+    for info in engine.adapters.infos.values():
+        if info.base and not same_base(info.base, engine.source):
+            yield f"adapter {info.name} was trained on {info.base}, but {engine.source} is served"
     if spec.api_key is None and host not in ("127.0.0.1", "::1"):
-        console.print(f"warning: anyone who reaches {host}:{port} is served; set an API key", highlight=False)
+        yield f"anyone who reaches {address} is served; set an API key"
+
+
+def same_base(one: str, other: str) -> bool:
+    """Tell whether two names may mean the same base: the same place, or, where one is not on this disk, the same
+    last part, for a model keeps its name when it is downloaded or moved."""
+    paths = Path(one).expanduser(), Path(other).expanduser()
+    both_ids = all(name.count("/") == 1 and not path.exists() for name, path in zip((one, other), paths, strict=True))
+    if one == other or both_ids:
+        return one == other
+    if all(path.exists() for path in paths):
+        return paths[0].samefile(paths[1])
+    return paths[0].name == paths[1].name
 
 
 def adapters_table(engine: Engine) -> Table:

@@ -6,9 +6,10 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,7 +20,7 @@ from toolkit.errors import RequestError
 from toolkit.routing.router import Choice
 from toolkit.serving.engine import Engine, Ticket
 from toolkit.serving.loop import EngineLoop
-from toolkit.serving.protocol import ChatBody, CompletionBody, Writer, error_body, model_list
+from toolkit.serving.protocol import ChatBody, CompletionBody, Writer, error_body, model_entry, model_list
 from toolkit.serving.request import Delta
 
 CLIENT_CLOSED = 499
@@ -63,6 +64,12 @@ def build_app(engine: Engine, *, api_key: str | None = None) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return model_list(engine.models, started)
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        if name not in engine.models:
+            raise ApiError(404, f"no model {name!r} (served: {', '.join(engine.models)})", "model_not_found")
+        return model_entry(name, started)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -133,7 +140,8 @@ async def _answer(loop: EngineLoop, body: CompletionBody | ChatBody, writer: Wri
     text, last = whole.result()
     assert last.finished is not None
     answer = writer.whole(text, last.finished, len(ticket.request.prompt), last.num_tokens)
-    return JSONResponse(answer, headers={"x-toolkit-model": writer.model})
+    # Percent-encoded, for a name may have characters that a header cannot.
+    return JSONResponse(answer, headers={"x-toolkit-model": quote(writer.model, safe="")})
 
 
 async def _collect(call: _Call) -> tuple[str, Delta]:
@@ -183,15 +191,49 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        trail = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{trail}: {first['msg']}" if trail else str(first["msg"])
-        if first["type"] == "json_invalid":
-            message = f"the body is not valid JSON ({first.get('ctx', {}).get('error', '')})"
-        elif first["type"] == "extra_forbidden":
-            message = f"{trail}: not supported by this server"
-        return JSONResponse(error_body(message, "invalid_request_error", None, trail or None), 400)
+        message, param = _explain(error)
+        return JSONResponse(error_body(message, "invalid_request_error", None, param), 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         return JSONResponse(error_body(str(error.detail), "invalid_request_error"), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        # The traceback goes to the log by itself: the framework raises the error again after this answer.
+        return JSONResponse(error_body("the server failed; see its log", "server_error", "internal_error"), 500)
+
+
+def _explain(error: RequestValidationError) -> tuple[str, str | None]:
+    """Return what is wrong with a body, and the field that it is about."""
+    found = error.errors()
+    first = found[0]
+    if first["type"] == "json_invalid":
+        return f"the body is not valid JSON ({first.get('ctx', {}).get('error', '')})", None
+    trail = _trail(first["loc"], error.body)
+    if not trail:
+        if isinstance(error.body, bytes):
+            return "send the body as JSON, with the header Content-Type: application/json", None
+        if isinstance(error.body, Mapping):  # pydantic takes no other keys
+            return "a key of the body is not valid Unicode", None
+        return "the body must be a JSON object", None
+    if first["type"] == "extra_forbidden":
+        return f"{trail}: not supported by this server", trail
+    # A union reports what each of its branches expects.
+    messages = dict.fromkeys(str(item["msg"]) for item in found if _trail(item["loc"], error.body) == trail)
+    return f"{trail}: {' or '.join(messages)}", trail
+
+
+def _trail(loc: Sequence[str | int], body: Any) -> str:
+    """Keep of an error's location what is a key of the body; the branches of unions are named there as well."""
+    trail: list[str] = []
+    here = body
+    for position, part in enumerate(loc[1:], start=2):
+        if isinstance(here, Mapping) and part in here:  # noqa: SIM114 - two conditions too long for one line
+            here = here[part]
+        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
+            here = here[part]
+        elif position < len(loc) or not isinstance(here, Mapping):
+            continue
+        trail.append(str(part))
+    return ".".join(trail)

@@ -15,7 +15,10 @@ class Limits(Spec):
     Attributes:
         max_requests: most requests that run at once.
         max_batch_tokens: tokens of a step.
-        max_model_len: tokens of prompt and answer; by default what the model takes.
+        max_model_len: tokens of prompt and answer, at most and by default what the model takes.
+        default_max_tokens: tokens of an answer for which a request names no limit, or less where the model or the
+            cache takes less. A request reserves the pages of its longest answer when it starts, so a large value
+            lets fewer requests run at once.
         page_size: tokens of a page.
         cache_tokens: tokens that the cache holds; by default the longest request `max_requests` times over, at
             most 65,536.
@@ -24,8 +27,9 @@ class Limits(Spec):
     max_requests: Annotated[int, Field(ge=1)] = 64
     max_batch_tokens: Annotated[int, Field(ge=1)] = 2048
     max_model_len: Annotated[int, Field(ge=2)] | None = None
+    default_max_tokens: Annotated[int, Field(ge=1)] = 1024
     page_size: Annotated[int, Field(ge=1)] = 16
-    cache_tokens: Annotated[int, Field(ge=1)] | None = None
+    cache_tokens: Annotated[int, Field(ge=2)] | None = None
 
     @model_validator(mode="after")
     def _budget(self) -> Limits:

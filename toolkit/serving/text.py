@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from toolkit.data.tokenizer import Tokenizer
 
+CONTEXT = 8
+"""Last ids of a prompt that the first tokens of its answer are read after."""
+
 
 class TextStream:
     """Turns the growing ids of one answer into text.
@@ -13,18 +16,23 @@ class TextStream:
     Args:
         tokenizer: of the model.
         stops: texts at which the answer ends.
+        prompt: ids that the answer follows; at the beginning of a text, some tokenizers drop a space that is part of
+            the answer.
 
     Attributes:
         text: answer so far, without what may still become a stop text.
         stopped: whether a stop text was met.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.stops = [stop for stop in stops if stop]
         self.text, self.stopped = "", False
         self._held = ""
         self._begin = self._read = 0
+        self._before = list(prompt[-CONTEXT:])
+        if self._text_of(self._before).endswith("\ufffd"):
+            self._before = []  # the answer may complete the prompt's last character, which is not the answer's
 
     def push(self, ids: Sequence[int]) -> str:
         """Take all ids so far; return the text that is certain now and was not before."""
@@ -36,11 +44,11 @@ class TextStream:
 
     def _decode(self, ids: Sequence[int], *, final: bool) -> str:
         # The ids before `_read` are decoded again as context: what a token reads as can depend on the one before.
-        known = self._text_of(ids[self._begin : self._read])
-        text = self._text_of(ids[self._begin :])
-        if text.endswith("\ufffd") and not final:
-            return ""  # a character of which more bytes are to come
-        self._begin, self._read = self._read, len(ids)
+        known = self._text_of([*self._before, *ids[self._begin : self._read]])
+        text = self._text_of([*self._before, *ids[self._begin :]])
+        if not final and (len(text) <= len(known) or text.endswith("\ufffd")):
+            return ""  # nothing that shows, or a character of which more bytes are to come
+        self._begin, self._read, self._before = self._read, len(ids), []
         return text[len(known) :]
 
     def _text_of(self, ids: Sequence[int]) -> str:
