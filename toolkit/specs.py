@@ -6,7 +6,7 @@ A spec may carry a `smoke:` block: overrides that make it small enough for a tes
 
 from __future__ import annotations
 
-import copy
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,18 +40,28 @@ def _as_list(value: Any) -> Any:
     return [str(value)] if isinstance(value, str | Path) else value
 
 
-def _as_text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+def _as_path(value: Any) -> Any:
+    return os.path.expanduser(str(value)) if isinstance(value, str | Path) else value
+
+
+def _as_source(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | list | Mapping):
+        raise ValueError("expected a folder, a hub id, or an object in memory")
+    return _as_path(value)
 
 
 Files = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
 """One file, or a list of them."""
 
-Folder = Annotated[str, BeforeValidator(_as_text)]
-"""A path to a folder."""
+Folder = Annotated[str, BeforeValidator(_as_path)]
+"""A path to a folder; a leading `~` is the user's home."""
+
+FolderOrObject = Annotated[Any, BeforeValidator(_as_source)]
+"""A folder or a hub id; or what would be loaded from there, in memory."""
 
 T = TypeVar("T", bound=Spec)
 Source = str | Path | Mapping[str, Any]
+"""What a spec is read from: a YAML file or a dict."""
 
 _KEY = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 
@@ -67,7 +77,7 @@ def load(
     """Read a spec.
 
     Args:
-        source: a YAML file, a dict, or an instance of `model`, which is returned as it is.
+        source: a YAML file, a dict, or an instance of `model`, which is returned as it is and cannot be changed.
         model: the class that describes the spec.
         overrides: `key.path=value` strings, the value in YAML; `models[0].weight=0.3` reaches into lists.
         options: values that take precedence over the spec's own, such as a command's options.
@@ -75,10 +85,15 @@ def load(
 
     Raises:
         MissingError: no such file.
-        SpecError: the text is not YAML, or the spec has errors; all of them are reported.
+        SpecError: the text is not YAML, or the spec has errors, all of which are reported; or an instance is to be
+            changed.
     """
     if isinstance(source, model):
+        if overrides or options or smoke:
+            raise SpecError(f"a {model.__name__} is final; give its file or a dict to change values or to run it small")
         return source
+    if isinstance(source, Spec):
+        raise SpecError(f"expected a {model.__name__}, a file or a dict, got a {type(source).__name__}")
     data, lines, name = read(source)
     small = data.pop("smoke", None)
     if smoke and small is not None:
@@ -89,16 +104,29 @@ def load(
     return validate(data, model, lines=lines, name=name)
 
 
-def read(source: Source | BaseModel) -> tuple[dict[str, Any], dict[str, int], str]:
+def read(source: Source) -> tuple[dict[str, Any], dict[str, int], str]:
     """Return the data of a spec, the line of every key path, and the name to print in errors."""
-    if isinstance(source, BaseModel):
-        return source.model_dump(by_alias=True), {}, "spec"
     if isinstance(source, Mapping):
-        return copy.deepcopy(dict(source)), {}, "spec"
-    path = Path(source)
+        return _copied(source), {}, "spec"
+    if not isinstance(source, str | Path):
+        raise SpecError(f"a spec is a YAML file or a dict, not a {type(source).__name__}")
+    path = Path(os.path.expanduser(source))
     if not path.is_file():
         raise MissingError(f"{path}: no such spec file")
-    return _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise SpecError("not UTF-8 text", str(path)) from None
+    except OSError as error:
+        raise SpecError(f"cannot be read ({error.strerror})", str(path)) from None
+    return _parse(text, str(path))
+
+
+def _copied(value: Any) -> Any:
+    """Copy the containers of a spec; what they hold, such as a model in memory, stays the same object."""
+    if isinstance(value, Mapping):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def validate(data: Any, model: type[T], *, lines: Mapping[str, int] | None = None, name: str = "spec") -> T:
@@ -155,9 +183,13 @@ def merged(base: Any, over: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads `1e-3` as a number, as YAML 1.2 does."""
+    """SafeLoader that reads `1e-3` as a number and a date as text, as YAML 1.2 does."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -176,8 +208,10 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[str, int], str]:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise SpecError(f"not valid YAML: {place}{error.problem}", name) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a value that is not what its tag says
         raise SpecError(f"not valid YAML: {' '.join(str(error).split())}", name) from None
+    except RecursionError:
+        raise SpecError("not usable YAML: nested too deeply, or within itself", name) from None
     if duplicates:
         raise SpecError(duplicates, name)
     if not isinstance(data, dict):
@@ -191,6 +225,8 @@ def _walk(node: yaml.Node, trail: tuple[str | int, ...], lines: dict[str, int], 
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # the constructor says what is wrong with it
             here = (*trail, str(key.value))
             if key.value in seen and key.value != "<<":
                 twice.append(Problem(path_text(here), "key given twice", key.start_mark.line + 1))
@@ -204,9 +240,9 @@ def _walk(node: yaml.Node, trail: tuple[str | int, ...], lines: dict[str, int], 
 
 def _override(data: dict[str, Any], text: str) -> None:
     path, sep, value = text.partition("=")
-    if not sep or not path:
-        raise SpecError(f"override {text!r} is not of the form key.path=value")
     trail = [name or int(index) for name, index in _KEY.findall(path)]
+    if not sep or not path or path_text(trail) != path:
+        raise SpecError(f"override {text!r} is not of the form key.path=value")
     here: Any = data
     for depth, part in enumerate(trail[:-1]):
         if isinstance(here, dict) and isinstance(part, str):
@@ -218,9 +254,11 @@ def _override(data: dict[str, Any], text: str) -> None:
     last = trail[-1]
     try:
         parsed = yaml.load(value, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise SpecError(f"override {text!r}: the value is not valid YAML") from None
-    if isinstance(here, dict) or (isinstance(here, list) and isinstance(last, int) and last < len(here)):
+    if isinstance(here, dict) and isinstance(last, str):  # noqa: SIM114 - as in `_trail`
+        here[last] = parsed
+    elif isinstance(here, list) and isinstance(last, int) and last < len(here):
         here[last] = parsed
     else:
         raise SpecError(f"override {text!r}: {path} is not in the spec")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests import tiny
-from toolkit.checkpoints.adapters import CONFIG, open_adapter
+from toolkit.checkpoints.adapters import CONFIG, WEIGHTS, open_adapter
 from toolkit.checkpoints.deltas import AdaptedCheckpoint, AdapterDelta, chunks
 from toolkit.checkpoints.reader import Checkpoint, open_checkpoint
 from toolkit.errors import CheckpointError, MissingError, UnsupportedError
@@ -125,7 +127,7 @@ def test_what_cannot_be_read_is_refused_with_the_reason(change, message, loras, 
 
 
 def test_missing_half_of_a_pair(base, loras, tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     shutil.copytree(loras["few"], tmp_path / "a")
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
@@ -134,6 +136,72 @@ def test_missing_half_of_a_pair(base, loras, tmp_path):
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="lacks lora_B"):
         open_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_alpha": "x"}, "lora_alpha: expected a number above 0, got 'x'"),
+        ({"lora_alpha": None}, "lora_alpha: expected a number above 0, got None"),
+        ({"lora_alpha": True}, "lora_alpha: expected a number above 0, got True"),
+        ({"lora_alpha": 0}, "lora_alpha: expected a number above 0, got 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: expected a number above 0, got nan"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern: '(' is not a regular expression"),
+        ({"alpha_pattern": [1]}, "alpha_pattern: expected names of modules and their values, got [1]"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern: 'q_proj': expected a number above 0, got 'x'"),
+        ({"rank_pattern": "q"}, "rank_pattern: expected names of modules and their values, got 'q'"),
+    ],
+)
+def test_settings_that_no_scale_can_be_computed_from(change, message, loras, tmp_path):
+    shutil.copytree(loras["plain"], tmp_path / "a")
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError) as caught:
+        open_adapter(tmp_path / "a")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+PAIRS = {
+    "other ranks": ("lora_A.weight", zeros(4, 512), "lora_B.weight", zeros(192, 8)),
+    "vector": ("lora_A.weight", zeros(4), "lora_B.weight", zeros(192, 4)),
+    "rank 0": ("lora_A.weight", zeros(0, 512), "lora_B.weight", zeros(192, 0)),
+    "convolution": ("lora_A.weight", zeros(4, 5, 3, 3), "lora_B.weight", zeros(7, 4, 1, 1)),
+    "embedding": ("lora_embedding_A", zeros(4, 512), "lora_embedding_B", zeros(192, 5)),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_pairs_that_do_not_multiply(case, loras, tmp_path):
+    a, first, b, second = PAIRS[case]
+    shutil.copytree(loras["plain"], tmp_path / "a")
+    save_file({f"base_model.model.m.{a}": first, f"base_model.model.m.{b}": second}, tmp_path / "a" / WEIGHTS)
+    with pytest.raises(CheckpointError) as caught:
+        open_adapter(tmp_path / "a")
+    assert f"module m: A is {list(first.shape)} and B is {list(second.shape)}" in str(caught.value)
+
+
+def test_parts_of_other_kinds(loras, tmp_path):
+    shutil.copytree(loras["dora"], tmp_path / "a")
+    good = {"base_model.model.m.lora_A.weight": zeros(4, 6), "base_model.model.m.lora_B.weight": zeros(9, 4)}
+    for name, value, message in [
+        ("base_model.model.m.lora_A.weight", zeros(4, 6, dtype=torch.int8), "expected floats, got I8"),
+        ("base_model.model.m.lora_magnitude_vector", zeros(6), "6 magnitudes for 9 outputs"),
+    ]:
+        save_file(good | {name: value}, tmp_path / "a" / WEIGHTS)
+        with pytest.raises(CheckpointError, match=message):
+            open_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "patterns"])
+def test_shape_is_that_of_the_product(kind, loras):
+    with closing(open_adapter(loras[kind])) as adapter:
+        for module in adapter.parts:
+            assert adapter.shape(module) == adapter.low_rank(module).shape
 
 
 def test_adapter_of_another_base(loras, tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests import tiny
 from toolkit.checkpoints.deltas import chunks
 from toolkit.checkpoints.headers import read_header
-from toolkit.checkpoints.reader import INDEX, open_checkpoint
+from toolkit.checkpoints.reader import INDEX, open_checkpoint, read_json
 from toolkit.errors import CheckpointError, MissingError, UnsupportedError
 
 ALL_DTYPES = [
@@ -143,6 +143,15 @@ LYING = {
     "overlap": ({"a": entry([2], [0, 8]), "b": entry([2], [4, 12])}, bytes(12), "'b' overlaps"),
     "truncated data": ({"a": entry([4], [0, 16])}, bytes(9), "truncated: the header promises"),
     "trailing data": ({"a": entry([1], [0, 4])}, bytes(9), "5 bytes after the last tensor"),
+    "deeply nested": (b'{"a":' + b"[" * 200_000, b"", "not valid JSON"),
+    "a number of 5000 digits": (b'{"a":' + b"1" * 5000 + b"}", b"", "not valid JSON"),
+    "a size of 4000 digits": (
+        b'{"a":{"dtype":"U8","shape":[%s,%s],"data_offsets":[0,1]}}' % (b"1" * 4000, b"1" * 4000),
+        bytes(1),
+        "not a list of sizes",
+    ),
+    "more elements than can be": ({"a": entry([1 << 40, 1 << 40], [0, 1], "U8")}, bytes(1), "more elements than any"),
+    "dtype that is a list": ({"a": entry([1], [0, 4], ["F32"])}, bytes(4), r"unknown dtype \['F32'\]"),  # pyright: ignore[reportArgumentType]
     "name twice": (
         b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
         bytes(1),
@@ -158,6 +167,22 @@ def test_header_that_lies(case, tmp_path):
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(tmp_path)
     assert "model.safetensors" in str(caught.value)
+
+
+def test_folder_in_the_place_of_a_file(tmp_path, base):
+    (tmp_path / "a" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(Is a directory\)"):
+        open_checkpoint(tmp_path / "a")
+    (tmp_path / "b" / "model.safetensors.index.json").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Is a directory\)"):
+        read_json(tmp_path / "b" / "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a": ' + "1" * 5000 + "}", '{"a": '])
+def test_json_that_cannot_be_parsed(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON"):
+        read_json(tmp_path / "config.json")
 
 
 def test_any_cut_of_a_real_file_is_an_error(tmp_path, base):

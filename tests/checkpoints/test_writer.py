@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from toolkit.checkpoints.companions import write_card
 from toolkit.checkpoints.dtypes import DTYPES
 from toolkit.checkpoints.headers import TensorInfo
 from toolkit.checkpoints.reader import INDEX, open_checkpoint
@@ -92,8 +96,65 @@ def test_existing_output_is_kept_unless_overwritten(tmp_path):
         pass
 
 
+def test_output_behind_a_link_is_replaced_where_it_is(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for text in ("one", "two"):
+        with staged(tmp_path / "link", overwrite=True) as partial:
+            (partial / "file").write_text(text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "real" / "file").read_text() == text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+    (tmp_path / "dangling").symlink_to(tmp_path / "not" / "yet")
+    with staged(tmp_path / "dangling") as partial:
+        (partial / "file").write_text("x")
+    assert (tmp_path / "not" / "yet" / "file").read_text() == "x"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with staged(Path("~/own")):
+        pass
+    assert (tmp_path / "own").is_dir()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(OutputError, match="in a circle"), staged(tmp_path / "circle"):
+        pass
+
+
+def test_current_folder_is_never_replaced(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out, message in ((".", "is the current folder"), ("..", "holds the current folder"), ("/", "holds the")):
+        with pytest.raises(OutputError, match=message), staged(Path(out), overwrite=True):
+            pass
+    assert (tmp_path / "here").is_dir()
+
+
+def test_folder_that_cannot_be_renamed_is_kept(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("x")
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match="busy"), staged(out, overwrite=True):
+        pass
+    assert (out / "mine").read_text() == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_card_names_the_wanted_libraries(tmp_path):
+    write_card(tmp_path, "A model", "What it is.", tags=[], libraries=["torch", "no-such-library"])
+    last = (tmp_path / "README.md").read_text().splitlines()[-1]
+    assert f"torch {metadata.version('torch')}" in last
+    assert f"numpy {metadata.version('numpy')}" in last
+    assert "no-such-library" not in last
+
+
 def _hold(path: str, ready, done) -> None:
-    with locked(staging_path(__import__("pathlib").Path(path))):
+    with locked(staging_path(Path(path))):
         ready.set()
         done.wait(20)
 

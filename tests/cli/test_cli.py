@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import yaml
 from tests import tiny
 from toolkit.cli import main
 from toolkit.data.rows import write_rows
+from toolkit.errors import MissingError
+from toolkit.tables import Report
 
 
 @pytest.fixture
@@ -83,6 +86,12 @@ def test_merge_dry_run_prints_the_plan_and_writes_nothing(run, merge_spec, tmp_p
         (["merge", "SPEC", "out", "--set", "models[7].model=x"], 2, "models[7] is not in the spec"),
         (["merge", "SPEC", "out", "--set", "densty=1"], 2, "densty: unknown key 'densty'"),
         (["merge", "SPEC", "out", "--set", "merge_method=tise"], 2, "did you mean 'ties'"),
+        (["merge", "SPEC", "out", "--set", ".=1"], 2, "override '.=1' is not of the form key.path=value"),
+        (["merge", "LATIN", "out"], 2, "latin.yaml: not UTF-8 text"),
+        (["run", "STEP", "out"], 2, "a.train: expected a spec"),
+        (["run", "STEPS", "merge.yaml"], 1, "error: merge.yaml: is a file; name a folder"),
+        (["skills", ".", "--overwrite"], 1, "error: .: is the current folder, which cannot be replaced"),
+        (["skills", "..", "--overwrite"], 1, "error: ..: holds the current folder"),
         (["nonsense"], 2, "No such command"),
         (["inspect", "/nowhere"], 1, "no such folder"),
         (["serve", "/nowhere", "--adapter", "x"], 2, "--adapter 'x' is not of the form name=path"),
@@ -92,7 +101,11 @@ def test_merge_dry_run_prints_the_plan_and_writes_nothing(run, merge_spec, tmp_p
 )
 def test_mistakes_are_one_line_and_an_exit_code(arguments, code, message, run, merge_spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    got, _, err = run(*[merge_spec if a == "SPEC" else a for a in arguments])
+    (tmp_path / "latin.yaml").write_bytes(b"merge_method: caf\xe9\n")
+    (tmp_path / "step.yaml").write_text("steps: {a: {train: 5}}\n")
+    (tmp_path / "steps.yaml").write_text("steps: {a: {skills: {train: 1, test: 1}}}\n")
+    files = {"SPEC": merge_spec, "LATIN": "latin.yaml", "STEP": "step.yaml", "STEPS": "steps.yaml"}
+    got, _, err = run(*[files.get(a, a) for a in arguments])
     assert got == code
     assert message in err
     assert not (tmp_path / "out").exists()
@@ -158,6 +171,31 @@ def test_train_route_evaluate_and_inspect(run, base, tmp_path):
     assert "all fit together" in out
     other = tiny.save_model(tiny.llama(hidden_size=32), tmp_path / "other")
     assert run("inspect", base, other, "--json")[0] == 1
+
+
+def test_trust_is_given_on_the_command_line_alone(run, tmp_path, monkeypatch):
+    asked = []
+
+    def load(router: object, *, trust_remote_code: bool) -> None:
+        asked.append(trust_remote_code)
+        raise MissingError("enough seen")
+
+    monkeypatch.setattr("toolkit.jobs.route.load_router", load)
+    (tmp_path / "judge.yaml").write_text(yaml.safe_dump({"router": "r", "data": {"a": "a.jsonl"}}))
+    for flags in ([], ["--trust-remote-code"]):
+        assert run("route", "explain", "r", "hello", *flags)[0] == 1
+        assert run("route", "evaluate", tmp_path / "judge.yaml", *flags)[0] == 1
+    assert asked == [False, False, True, True]
+
+
+def test_what_to_do_after_the_quickstart_can_be_pasted(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("toolkit.jobs.quickstart.quickstart", lambda out, **options: Report())
+    _, out, _ = run("quickstart", tmp_path / "two words", "--quiet")
+    commands = [shlex.split(line) for line in out.splitlines() if line.startswith("  toolkit")]
+    assert [c[2] for c in commands if c[1] in ("serve", "run")] == [
+        f"{tmp_path}/two words/serve.yaml",
+        f"{tmp_path}/two words/recipe.yaml",
+    ]
 
 
 def test_recipe_and_skills(run, tmp_path):

@@ -7,12 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from sklearn.covariance import ledoit_wolf
 from transformers import BertConfig, BertModel
 
 from tests import tiny
 from toolkit.data.rows import write_rows
-from toolkit.errors import CheckpointError, DataError, MissingError, SpecError
+from toolkit.errors import CheckpointError, DataError, MissingError, OutputError, SpecError, UnsupportedError
+from toolkit.jobs.route import explain_route
 from toolkit.models.hidden import mean_hidden_states
 from toolkit.models.load import load_model, load_tokenizer
 from toolkit.routing.embedding import EmbeddingSpec, open_embedder
@@ -104,6 +106,7 @@ def test_fitted_router_is_saved_and_loaded(base, prompts, tmp_path):
     texts = ["12 345 6789", "some words about zzzzz"]
     choices = router.choose(texts)
     assert [c.expert for c in choices] == ["digits", "letters"]
+    assert choices[0].margin is not None
     assert choices[0].margin > 0
     again = load_router(tmp_path / "router")
     assert again.version == router.version == json.loads((tmp_path / "router" / "router.json").read_text())["version"]
@@ -142,8 +145,98 @@ def test_rows_without_a_prompt_and_folders_without_a_router(base, prompts, tmp_p
     fit_router(spec_of(base, prompts), tmp_path / "router", quiet=True)
     config = json.loads((tmp_path / "router" / "router.json").read_text())
     (tmp_path / "router" / "router.json").write_text(json.dumps({k: v for k, v in config.items() if k != "experts"}))
-    with pytest.raises(CheckpointError, match="not a router's config"):
+    with pytest.raises(CheckpointError, match=r"router\.json: experts: expected a list of different names, got None"):
         load_router(tmp_path / "router")
+
+
+REMOTE_CODE = """
+from pathlib import Path
+from transformers import BertConfig, BertModel
+Path({marker!r}).write_text("")
+class RemoteConfig(BertConfig):
+    model_type = "remote"
+class RemoteModel(BertModel):
+    config_class = RemoteConfig
+"""
+
+
+@pytest.fixture
+def remote_router(base, prompts, tmp_path, monkeypatch):
+    """A saved router that claims trust, with an embedding that would run code; and the file which that code writes."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    router = fit_router(spec_of(base, prompts), tmp_path / "router", quiet=True)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    encoder = tiny.save_model(BertModel(BertConfig(vocab_size=262, **sizes)), tmp_path / "encoder")
+    classes = {"AutoConfig": "remote.RemoteConfig", "AutoModel": "remote.RemoteModel"}
+    remote = json.loads((encoder / "config.json").read_text()) | {"model_type": "remote", "auto_map": classes}
+    (encoder / "config.json").write_text(json.dumps(remote))
+    (encoder / "remote.py").write_text(REMOTE_CODE.format(marker=str(tmp_path / "ran")))
+    config = json.loads((tmp_path / "router" / "router.json").read_text())
+    assert config["embedding"].keys() == router.to_dict()["embedding"].keys() == {"model", "layer", "max_length"}
+    config["embedding"] |= {"model": str(encoder), "trust_remote_code": True}
+    (tmp_path / "router" / "router.json").write_text(json.dumps(config))
+    return tmp_path / "router", tmp_path / "ran"
+
+
+def test_saved_router_cannot_allow_code_to_run(remote_router):
+    folder, ran = remote_router
+    with pytest.raises(UnsupportedError, match="allow it with --trust-remote-code"):
+        load_router(folder).choose(["hello"])
+    with pytest.raises(UnsupportedError, match="allow it with --trust-remote-code"):
+        explain_route(folder, "hello")
+    assert not ran.exists()
+    assert explain_route(folder, "hello", trust_remote_code=True).numbers["expert"] in ("digits", "letters")
+    assert ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": 5}, "experts: expected a list of different names, got 5"),
+        ({"experts": ["digits", "digits"]}, "experts: expected a list of different names"),
+        ({"experts": ["digits"]}, r"not a centroid router of 1 experts: centroids is \[2, 48\], expected \[1, 48\]"),
+        ({"router": "centriod"}, "router: 'centriod' is no router"),
+        ({"router": ["centroid"]}, r"router: \['centroid'\] is no router"),
+        ({"embedding": 5}, "embedding: expected a block that names its model, got 5"),
+        ({"embedding": {"model": "m", "layer": "x"}}, "embedding: layer: "),
+    ],
+)
+def test_config_of_a_router_that_does_not_fit(change, message, base, prompts, tmp_path):
+    fit_router(spec_of(base, prompts), tmp_path / "router", quiet=True)
+    config = json.loads((tmp_path / "router" / "router.json").read_text())
+    (tmp_path / "router" / "router.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=message):
+        load_router(tmp_path / "router")
+
+
+def test_state_of_a_router_that_does_not_fit(base, prompts, tmp_path):
+    fit_router(spec_of(base, prompts), tmp_path / "router", quiet=True)
+    path = tmp_path / "router" / "router.safetensors"
+    state = load_file(path)
+    save_file({name: value for name, value in state.items() if name != "whitening"}, path)
+    with pytest.raises(CheckpointError, match="whitening is missing"):
+        load_router(tmp_path / "router")
+    save_file(state | {"center": np.full(48, np.nan, np.float32)}, path)
+    with pytest.raises(CheckpointError, match="center holds values that are not finite"):
+        load_router(tmp_path / "router")
+
+
+def test_output_is_refused_before_anything_is_embedded(base, prompts, tmp_path):
+    (tmp_path / "mine").write_text("x")
+
+    def embed(texts):
+        raise AssertionError("nothing is to be embedded")
+
+    with pytest.raises(OutputError, match="exists already"):
+        fit_router(spec_of(base, prompts), tmp_path, quiet=True, embedder=embed)
+
+
+def test_router_with_one_expert_has_no_margin(base, prompts):
+    experts = {"digits": str(prompts / "digits.jsonl")}
+    router = fit_router(spec_of(base, prompts, experts=experts), quiet=True)
+    text = json.dumps(explain_route(router, "12 3").to_dict())
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["margin"] is None
 
 
 def test_judgement_by_hand():

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ class _Parts:
 class Adapter:
     """A LoRA folder: LoRA, rsLoRA and DoRA on linears and embeddings, patterns, `modules_to_save`, trained biases.
 
+    Opening it checks that every pair multiplies and that every scale can be computed; no weights are read.
+
     Attributes:
         config: its `adapter_config.json`.
         parts: adapted modules of the model, such as `model.layers.0.self_attn.q_proj`.
@@ -96,11 +98,14 @@ class Adapter:
         self.folder = folder
         self.source = source or str(folder)
         self.config: dict[str, Any] = read_json(folder / CONFIG)
-        self._check_config()
+        self._check_kind()
+        self._check_scales()
         self.store = FolderCheckpoint(folder / WEIGHTS, self.source)
         self.parts, self.whole = _sort_parts(self.store.tensors, self.source)
+        for module, part in self.parts.items():
+            self._check_pair(module, part)
 
-    def _check_config(self) -> None:
+    def _check_kind(self) -> None:
         kind = self.config.get("peft_type")
         if kind != "LORA":
             raise UnsupportedError(f"{self.source}: adapters of type {kind} cannot be read as weight changes")
@@ -113,6 +118,36 @@ class Adapter:
                 f"{self.source}: init_lora_weights={init!r} changed the base it was trained on; save it with PEFT's"
                 " path_initial_model_for_weight_conversion first"
             )
+
+    def _check_scales(self) -> None:
+        if not _is_positive(alpha := self.config.get("lora_alpha", 8)):
+            raise self._bad_setting("lora_alpha", f"expected a number above 0, got {alpha!r}")
+        for key in ("alpha_pattern", "rank_pattern"):
+            patterns = self.config.get(key)
+            if patterns is not None and not isinstance(patterns, dict):
+                raise self._bad_setting(key, f"expected names of modules and their values, got {patterns!r}")
+            for pattern, value in (patterns or {}).items():
+                if not _compiles(_as_regex(pattern)):
+                    raise self._bad_setting(key, f"{pattern!r} is not a regular expression")
+                if not _is_positive(value):
+                    raise self._bad_setting(key, f"{pattern!r}: expected a number above 0, got {value!r}")
+
+    def _bad_setting(self, key: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {CONFIG}: {key}: {what}")
+
+    def _check_pair(self, module: str, part: _Parts) -> None:
+        for name in (part.a, part.b, part.magnitude):
+            if name and not self.store.info(name).dtype.floating:
+                raise CheckpointError(f"{self.source}: {name}: expected floats, got {self.store.info(name).dtype.name}")
+        a, b = self.store.info(part.a).shape, self.store.info(part.b).shape
+        # [r, in] and [out, r], of embeddings too: [r, V] and [H, r].
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
+            raise CheckpointError(
+                f"{self.source}: module {module}: A is {list(a)} and B is {list(b)};"
+                " expected [rank, in] and [out, rank] with a rank of at least 1"
+            )
+        if part.magnitude and (count := self.store.info(part.magnitude).count) != b[0]:
+            raise CheckpointError(f"{self.source}: {part.magnitude}: {count} magnitudes for {b[0]} outputs")
 
     @property
     def base_model(self) -> str | None:
@@ -139,10 +174,19 @@ class Adapter:
         part = self.parts[module]
         return self.store.info(part.a).shape[0]
 
+    def shape(self, module: str) -> tuple[int, int]:
+        """Return the shape of the stored weight that a module's pair changes."""
+        part = self.parts[module]
+        outputs, inputs = self.store.info(part.b).shape[0], self.store.info(part.a).shape[1]
+        return (inputs, outputs) if self._is_transposed(part) else (outputs, inputs)
+
+    def _is_transposed(self, part: _Parts) -> bool:
+        return part.embedding or bool(self.config.get("fan_in_fan_out"))
+
     def scale(self, module: str) -> float:
         """Return what the product of the pair is multiplied with."""
         patterns: Mapping[str, float] = self.config.get("alpha_pattern") or {}
-        pattern = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
+        pattern = next((p for p in patterns if re.match(_as_regex(p), module)), None)
         alpha = patterns[pattern] if pattern else self.config.get("lora_alpha", 8)
         rank = self.rank(module)
         return float(alpha / sqrt(rank) if self.config.get("use_rslora") else alpha / rank)
@@ -152,7 +196,7 @@ class Adapter:
         part = self.parts[module]
         a, b = self._matrix(part.a), self._matrix(part.b)
         magnitude = None if part.magnitude is None else self._matrix(part.magnitude).reshape(-1)
-        transposed = part.embedding or bool(self.config.get("fan_in_fan_out"))
+        transposed = self._is_transposed(part)
         rows, cols = (a.T, b.T) if transposed else (b, a)
         return LowRank(
             np.ascontiguousarray(rows), np.ascontiguousarray(cols), self.scale(module), magnitude, transposed
@@ -170,7 +214,7 @@ class Adapter:
         digest = hashlib.blake2b(digest_size=16)
         settings = {k: v for k, v in self.config.items() if k not in _VOLATILE}
         if isinstance(settings.get("target_modules"), list):
-            settings["target_modules"] = sorted(settings["target_modules"])
+            settings["target_modules"] = sorted(settings["target_modules"], key=str)
         digest.update(json.dumps(settings, sort_keys=True).encode())
         with (self.folder / WEIGHTS).open("rb") as file:
             while block := file.read(1 << 20):
@@ -213,6 +257,23 @@ def open_adapter(source: str | Path) -> Adapter:
         what = "only pickled weights" if (folder / "adapter_model.bin").is_file() else f"no {WEIGHTS}"
         raise CheckpointError(f"{source}: {what} in this folder")
     return Adapter(folder, str(source))
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value > 0
+
+
+def _as_regex(pattern: str) -> str:
+    """Return what PEFT matches a module's name with for a key of `alpha_pattern` or `rank_pattern`."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def _sort_parts(names: Iterable[str], source: str) -> tuple[dict[str, _Parts], dict[str, str]]:

@@ -66,8 +66,21 @@ def write_card(
     spec: Mapping[str, Any] | None = None,
     details: str = "",
     library: str = "transformers",
+    libraries: Sequence[str] = (),
 ) -> None:
-    """Write the model card: front matter that the hub reads, what was done, and the spec that does it again."""
+    """Write the model card: front matter that the hub reads, what was done, and the spec that does it again.
+
+    Args:
+        out: folder of the model.
+        title: heading.
+        summary: first paragraph.
+        tags: for the hub, besides the toolkit's own.
+        base: models that this one was made from.
+        spec: that makes it again.
+        details: further paragraphs, such as tables.
+        library: that loads the model.
+        libraries: distributions whose versions are named besides the toolkit's and numpy's.
+    """
     front: dict[str, Any] = {"library_name": library, "tags": ["composition-toolkit", *tags]}
     if base:
         front["base_model"] = list(base)
@@ -76,7 +89,7 @@ def write_card(
         parts.append(details)
     if spec is not None:
         parts.append(f"## Spec\n\n```yaml\n{yaml.safe_dump(dict(spec), sort_keys=False)}```")
-    parts.append(f"Made with {versions_text()}.")
+    parts.append(f"Made with {versions_text(*libraries)}.")
     write_text(out / "README.md", "\n\n".join(parts) + "\n")
 
 

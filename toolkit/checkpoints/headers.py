@@ -72,6 +72,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             text = file.read(length)
     except FileNotFoundError:
         raise MissingError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     entries = _parse(text, path)
     metadata = entries.pop("__metadata__", {})
     tensors = [_tensor(name, entry, path, 8 + length) for name, entry in entries.items()]
@@ -112,7 +114,9 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
 
     try:
         entries = json.loads(text, object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # also of numbers too long, and objects nested too deeply
         raise CheckpointError(f"{path}: the header is not valid JSON ({error})") from None
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object")
@@ -126,13 +130,15 @@ def _tensor(name: str, entry: Any, path: Path, start: int) -> TensorInfo:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise bad("the header entry lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise bad(f"unknown dtype {dtype!r}")
     if not _are_sizes(shape):
         raise bad(f"shape {shape!r} is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise bad(f"data_offsets {offsets!r} are not two positions")
     info = TensorInfo(name, DTYPES[dtype], tuple(shape), path, start + offsets[0])
+    if info.count >= 1 << 63:
+        raise bad(f"shape {shape!r} has more elements than any file")
     if offsets[1] - offsets[0] != info.nbytes:
         raise bad(
             f"{dtype} of shape {list(shape)} takes {info.nbytes} bytes, the header gives it {offsets[1] - offsets[0]}"
@@ -141,7 +147,7 @@ def _tensor(name: str, entry: Any, path: Path, start: int) -> TensorInfo:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in value)
 
 
 def _check_cover(tensors: list[TensorInfo], start: int, size: int, path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -51,6 +51,12 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         """Tell whether the model has a tensor, stored or tied."""
         return name in self.tensors or tied_source(name, self.tensors) is not None
+
+    @property
+    def architecture(self) -> str | None:
+        """The class that the config names first, if it names any."""
+        named = self.config.get("architectures")
+        return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
 
     @property
     def ties_head(self) -> bool:
@@ -211,7 +217,9 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # also of numbers too long, and objects nested too deeply
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: not a JSON object")
@@ -282,9 +290,3 @@ def _unpickle(folder: Path, source: str) -> Checkpoint:
     checkpoint = MemoryCheckpoint(state, read_json(config) if config.is_file() else {}, source)
     checkpoint.folder = folder
     return checkpoint
-
-
-def iter_chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut `count` elements into ranges of at most `size`."""
-    for start in range(0, count, size):
-        yield start, min(start + size, count)

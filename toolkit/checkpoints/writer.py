@@ -26,22 +26,39 @@ SHARD_BYTES = 5_000_000_000
 LOCK = ".lock"
 
 
-def check_free(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists, unless it may be overwritten.
+def resolved(out: Path) -> Path:
+    """Return where an output really is: absolute, without `~` and symbolic links.
 
     Raises:
-        OutputError: `out` is a file, or a folder with something in it.
+        OutputError: its links lead in a circle.
     """
-    if out.is_file():
+    try:
+        return Path(os.path.expanduser(out)).resolve()
+    except (OSError, RuntimeError):
+        raise OutputError(f"{out}: its symbolic links lead in a circle") from None
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output that exists, unless it may be overwritten; and one that holds the current folder.
+
+    Raises:
+        OutputError: `out` is a file, a folder with something in it, or the current folder or one above it.
+    """
+    place = resolved(out)
+    if place.is_file():
         raise OutputError(f"{out}: is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    here = Path.cwd()
+    if place == here or place in here.parents:
+        what = "is the current folder" if place == here else "holds the current folder"
+        raise OutputError(f"{out}: {what}, which cannot be replaced; name a new folder in it, or another one")
+    if place.is_dir() and not overwrite and any(place.iterdir()):
         raise OutputError(f"{out}: exists already; name another folder, or pass --overwrite")
 
 
 def staging_path(out: Path) -> Path:
     """Return the sibling in which `out` is made."""
-    out = out.absolute()
-    return out.parent / f".{out.name}.partial"
+    place = resolved(out)
+    return place.parent / f".{place.name}.partial"
 
 
 @contextmanager
@@ -89,21 +106,38 @@ def clear(partial: Path) -> None:
 
 
 def commit(partial: Path, out: Path) -> None:
-    """Rename a finished staging folder to `out`; what stood there goes only once the new one is in place."""
-    (partial / LOCK).unlink(missing_ok=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    old = out.absolute().parent / f".{out.absolute().name}.old"
-    if old.exists():
-        shutil.rmtree(old)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
+    """Rename a finished staging folder to `out`; what stood there goes only once the new one is in place.
+
+    Raises:
+        OutputError: it cannot be renamed, as where `out` is a mount point; what stood there still does.
+    """
+    place = resolved(out)
+    old = place.parent / f".{place.name}.old"
+    try:
+        (partial / LOCK).unlink(missing_ok=True)
+        if old.exists():
+            shutil.rmtree(old)
+        if place.exists():
+            place.rename(old)
+        _rename(partial, place, old)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be put in place ({error.strerror})") from None
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename(partial: Path, place: Path, old: Path) -> None:
+    try:
+        partial.rename(place)
+    except OSError:
+        if old.exists():
+            old.rename(place)
+        raise
 
 
 def check_space(folder: Path, wanted: int) -> None:
     """Refuse to start what the disk cannot hold."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    place = resolved(folder)
+    existing = next(p for p in (place, *place.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < wanted:
         raise OutputError(f"{folder}: needs {human_bytes(wanted)}, the disk has {human_bytes(free)} free")
@@ -193,9 +227,11 @@ def write_weights(folder: Path, tensors: Sequence[TensorInfo], data: Mapping[str
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file."""
+    """Write a small file; whoever reads it finds the old text or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.partial")
     try:
-        path.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -24,4 +25,4 @@ def quickstart(
     result = run(out, smoke=smoke, quiet=quiet)
     show(result, json)
     if not json:
-        print(NEXT.format(out=out))
+        print(NEXT.format(out=shlex.quote(str(out))))

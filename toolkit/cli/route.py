@@ -54,6 +54,7 @@ def evaluate(
     out: Out = None,
     set_: Set = [],  # noqa: B006 - typer reads the default, nobody changes it
     overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
     smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -61,16 +62,18 @@ def evaluate(
     """Judge a router: accuracy, confusion, and the quality it reaches beside other ways to choose."""
     from toolkit.jobs.route import evaluate_router
 
-    show(evaluate_router(spec, out, overrides=set_, smoke=smoke, overwrite=overwrite, quiet=quiet), json)
+    overrides = with_trust(set_, trust_remote_code)
+    show(evaluate_router(spec, out, overrides=overrides, smoke=smoke, overwrite=overwrite, quiet=quiet), json)
 
 
 @app.command()
 def explain(
     router: Annotated[Path, typer.Argument(help="Folder of a fitted router.", show_default=False)],
     prompt: Annotated[str, typer.Argument(help="What a user would ask.", show_default=False)],
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Show the score of every expert for one prompt."""
     from toolkit.jobs.route import explain_route
 
-    show(explain_route(router, prompt), json)
+    show(explain_route(router, prompt, trust_remote_code=trust_remote_code), json)

@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from toolkit.specs import Files, Folder, Spec
+from toolkit.specs import Files, Folder, FolderOrObject, Spec
+
+RESERVED = ("base", "auto")
+"""What rows call the base and the router's choice."""
 
 
 class TaskSpec(Spec):
@@ -30,10 +33,10 @@ class EvaluateSpec(Spec):
     """A table to fill.
 
     Attributes:
-        base: the model that adapters belong to.
+        base: the model that adapters belong to: a folder, a hub id, `toolkit:base`, or a pair `(model, tokenizer)`.
         adapters: PEFT LoRA folders by name.
-        models: other full models by name, such as merges.
-        router: folder of a router over the adapters, for the name `auto`.
+        models: other full models by name, such as merges; given as the base is.
+        router: a router over the adapters, or its folder, for the name `auto`.
         tasks: columns; a file name stands for its `data`.
         rows: label -> a name among `base`, the adapters, the models and `auto`, or a name per task; by default
             one row for each of them.
@@ -43,10 +46,10 @@ class EvaluateSpec(Spec):
         out: folder for the results.
     """
 
-    base: Any
+    base: FolderOrObject
     adapters: dict[str, Folder] = Field(default_factory=dict)
-    models: dict[str, Folder] = Field(default_factory=dict)
-    router: Folder | None = None
+    models: dict[str, FolderOrObject] = Field(default_factory=dict)
+    router: FolderOrObject | None = None
     tasks: Annotated[dict[str, TaskSpec], Field(min_length=1)]
     rows: dict[str, str | dict[str, str]] = Field(default_factory=dict)
     over_http: bool = False
@@ -61,10 +64,19 @@ class EvaluateSpec(Spec):
             return value
         return {name: {"data": v} if isinstance(v, str | Path | list) else v for name, v in value.items()}
 
+    @field_validator("adapters", "models")
+    @classmethod
+    def _free_names(cls, named: dict[str, Any]) -> dict[str, Any]:
+        for name in named:
+            if name in RESERVED:
+                meaning = "the base itself" if name == "base" else "what the router chooses"
+                raise ValueError(f"the name {name!r} means {meaning}; choose another")
+        return named
+
     @property
     def names(self) -> list[str]:
         """Everything that a row can name."""
-        return ["base", *self.adapters, *self.models, *(["auto"] if self.router else [])]
+        return ["base", *self.adapters, *self.models, *(["auto"] if self.router is not None else [])]
 
     @property
     def table_rows(self) -> dict[str, dict[str, str]]:

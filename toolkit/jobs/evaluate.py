@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import specs
-from toolkit.checkpoints.writer import staged, write_text
+from toolkit.checkpoints.writer import check_free, staged, write_text
 from toolkit.data.render import Renderer
 from toolkit.data.rows import Row, read_rows, split_answer
 from toolkit.evaluation.metrics import exact_match, likelihood, percent
 from toolkit.evaluation.spec import EvaluateSpec, TaskSpec
+from toolkit.jobs.asking import check_prompt
 from toolkit.jobs.client import ask
 from toolkit.progress import Progress, track
+from toolkit.routing.router import load_router
 from toolkit.serving.engine import Engine
 from toolkit.serving.prompts import Prompt
 from toolkit.serving.request import Sampling
@@ -49,9 +51,13 @@ def evaluate(
 
     Raises:
         SpecError: the spec is wrong.
-        DataError: a row without an answer.
+        DataError: a row without an answer, or one too long for a model.
+        OutputError: `out` exists.
     """
     loaded = specs.load(spec, EvaluateSpec, overrides=overrides, smoke=smoke)
+    folder = out or loaded.out
+    if folder:
+        check_free(Path(folder), overwrite=overwrite)
     rows = {name: read_rows(task.data)[: task.limit] for name, task in loaded.tasks.items()}
     for name, task in loaded.tasks.items():
         if task.metric == "exact_match":
@@ -59,7 +65,6 @@ def evaluate(
                 split_answer(row)
     scores = _measure(loaded, rows, quiet)
     result = _result(loaded, rows, scores)
-    folder = out or loaded.out
     if folder:
         with staged(Path(folder), overwrite=overwrite) as partial:
             write_text(partial / "results.json", json.dumps(result.to_dict(), indent=2) + "\n")
@@ -79,7 +84,10 @@ def _measure(spec: EvaluateSpec, rows: dict[str, list[Row]], quiet: bool) -> Sco
     with track("evaluating", total, unit="prompts", quiet=quiet) as progress:
         own = [(name, task) for name, task in wanted if name not in spec.models]
         if own:
-            with Engine(spec.base, spec.adapters, spec.router, **options) as engine:
+            router = spec.router
+            if router is not None:
+                router = load_router(router, trust_remote_code=spec.trust_remote_code)
+            with Engine(spec.base, spec.adapters, router, **options) as engine:
                 _fill(spec, engine, own, rows, scores, progress)
         for model in spec.models:
             part = [("base", task) for name, task in wanted if name == model]
@@ -102,21 +110,24 @@ def _fill(
     """Measure one engine's models; all exact-match prompts of all of them go through it together."""
     prompts: list[tuple[Prompt, str, int]] = []
     owners: list[tuple[str, str, str]] = []
-    for name, task in wanted:
-        if spec.tasks[task].metric == "perplexity":
-            scores.setdefault(name, {})[task] = _perplexity(engine, name, rows[task])
-            progress.advance(len(rows[task]))
-            continue
+    asking = [(name, task) for name, task in wanted if spec.tasks[task].metric == "exact_match"]
+    for task in dict.fromkeys(task for _, task in asking):
+        for row in rows[task]:
+            check_prompt(engine, row, spec.tasks[task].max_tokens, f"tasks.{task}.max_tokens")
+    for name, task in asking:
         for row in rows[task]:
             asked, expected = split_answer(row)
             prompts.append((asked, name, spec.tasks[task].max_tokens))
             owners.append((name, task, expected))
-    answers = _answers_over_http(engine, prompts, progress) if spec.over_http else _answers(engine, prompts, progress)
     for name, task in wanted:
-        if spec.tasks[task].metric == "exact_match":
-            mine = [i for i, owner in enumerate(owners) if owner[:2] == (name, task)]
-            right = exact_match([answers[i] for i in mine], [owners[i][2] for i in mine])
-            scores.setdefault(name, {})[task] = percent(right)
+        if spec.tasks[task].metric == "perplexity":
+            scores.setdefault(name, {})[task] = _perplexity(engine, name, rows[task])
+            progress.advance(len(rows[task]))
+    answers = _answers_over_http(engine, prompts, progress) if spec.over_http else _answers(engine, prompts, progress)
+    for name, task in asking:
+        mine = [i for i, owner in enumerate(owners) if owner[:2] == (name, task)]
+        right = exact_match([answers[i] for i in mine], [owners[i][2] for i in mine])
+        scores.setdefault(name, {})[task] = percent(right)
 
 
 def _answers(engine: Engine, prompts: Sequence[tuple[Prompt, str, int]], progress: Progress) -> list[str]:

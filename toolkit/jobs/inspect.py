@@ -14,7 +14,9 @@ from toolkit.checkpoints.headers import TensorInfo
 from toolkit.checkpoints.layout import Layout, role_of
 from toolkit.checkpoints.locate import locate
 from toolkit.checkpoints.reader import Checkpoint, open_checkpoint, read_json
-from toolkit.errors import CheckpointError, ToolkitError
+from toolkit.errors import CheckpointError
+from toolkit.models.load import LoadedModel
+from toolkit.routing.router import Router
 from toolkit.tables import Cell, Report, Table, human_bytes, human_count
 
 
@@ -27,7 +29,7 @@ def inspect(*sources: Any, allow_pickle: bool = False) -> Inspection:
     """Describe models, adapters and routers from their headers; compare the second and later ones with the first.
 
     Args:
-        sources: folders, files, hub ids, or transformers models.
+        sources: folders, files, hub ids, transformers models, pairs `(model, tokenizer)`, or routers.
         allow_pickle: also read pickled checkpoints, with `weights_only`.
 
     Raises:
@@ -51,6 +53,12 @@ _Thing = Checkpoint | Adapter | dict[str, Any]
 
 
 def _open(source: Any, allow_pickle: bool) -> _Thing:
+    if isinstance(source, Router):
+        return {"source": "a router in memory", **source.to_dict()}
+    if isinstance(source, LoadedModel):
+        source = source.model
+    elif isinstance(source, tuple) and source:
+        source = source[0]
     if isinstance(source, str | Path):
         path = locate(source)
         if path.is_dir() and is_adapter(path):
@@ -65,7 +73,7 @@ def _numbers(thing: _Thing) -> dict[str, Any]:
         return {
             "source": thing.source,
             "kind": "checkpoint",
-            "architecture": (thing.config.get("architectures") or [None])[0],
+            "architecture": thing.architecture,
             "parameters": thing.num_parameters,
             "bytes": thing.nbytes,
             "tensors": len(thing.tensors),
@@ -93,7 +101,9 @@ def _describe(thing: _Thing) -> list[Table]:
         return [_checkpoint_table(thing)]
     if isinstance(thing, Adapter):
         return [_adapter_table(thing)]
-    rows: list[list[Cell]] = [[key, ", ".join(v) if isinstance(v, list) else str(v)] for key, v in thing.items()]
+    rows: list[list[Cell]] = [
+        [key, ", ".join(map(str, v)) if isinstance(v, list) else str(v)] for key, v in thing.items()
+    ]
     return [Table(("router", thing["source"]), rows)]
 
 
@@ -161,12 +171,9 @@ def _different_adapters(first: Adapter, other: Adapter) -> list[str]:
     faults = []
     if first.base_model and other.base_model and first.base_model != other.base_model:
         faults.append(f"{other.source} names the base {other.base_model}, {first.source} names {first.base_model}")
-    for module in set(first.parts) & set(other.parts):
-        try:
-            shapes = first.low_rank(module).shape, other.low_rank(module).shape
-        except ToolkitError as error:
-            return [str(error)]
-        if shapes[0] != shapes[1]:
-            faults.append(f"{other.source}: {module} is {list(shapes[1])}, not {list(shapes[0])}")
-            break
+    common = [module for module in first.parts if module in other.parts]
+    different = next((m for m in common if first.shape(m) != other.shape(m)), None)
+    if different:
+        given, wanted = list(other.shape(different)), list(first.shape(different))
+        faults.append(f"{other.source}: {different} is {given}, not {wanted}")
     return faults

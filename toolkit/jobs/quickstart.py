@@ -10,8 +10,9 @@ import yaml
 
 from toolkit import specs
 from toolkit.checkpoints.locate import EMBEDDED
-from toolkit.checkpoints.writer import write_text
-from toolkit.jobs.recipe import RecipeSpec, run_recipe
+from toolkit.checkpoints.writer import resolved, write_text
+from toolkit.errors import OutputError
+from toolkit.jobs.recipe import RECORDS, RecipeSpec, run_recipe
 from toolkit.tables import Report, Table
 
 RECIPE = Path(__file__).with_suffix(".yaml")
@@ -40,8 +41,14 @@ def quickstart(out: str | Path = "quickstart", *, smoke: bool = False, quiet: bo
         out: folder to work in; what is there already and still valid is not done again.
         smoke: a run of a few steps, which shows that everything works and scores nothing.
         quiet: show no progress.
+
+    Raises:
+        OutputError: a file or folder there is not of an earlier quickstart.
     """
-    folder = Path(out)
+    folder = resolved(Path(out))
+    for name in ("serve.yaml", "recipe.yaml"):
+        if (folder / name).exists() and not (folder / RECORDS).is_dir():
+            raise OutputError(f"{folder / name}: exists already and is not the quickstart's; name another folder")
     result = run_recipe(RECIPE, folder, smoke=smoke, quiet=quiet)
     recipe = specs.load(RECIPE, RecipeSpec)
     experts = recipe.steps["router"]["route"]["experts"]
@@ -51,7 +58,10 @@ def quickstart(out: str | Path = "quickstart", *, smoke: bool = False, quiet: bo
         "router": str(folder / "router"),
     }
     write_text(folder / "serve.yaml", yaml.safe_dump(served, sort_keys=False))
-    write_text(folder / "recipe.yaml", f"out: {json.dumps(str(folder))}\n\n{RECIPE.read_text(encoding='utf-8')}")
+    write_text(
+        folder / "recipe.yaml",
+        f"out: {json.dumps(str(folder), ensure_ascii=False)}\n\n{RECIPE.read_text(encoding='utf-8')}",
+    )
     scores = result.results["scores"]["scores"]
     tasks = list(scores["base"])
     rows = [[label, *row.values(), sum(row.values()) / len(row)] for label, row in scores.items()]

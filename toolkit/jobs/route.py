@@ -6,47 +6,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from toolkit import specs
-from toolkit.checkpoints.writer import staged, write_text
+from toolkit.checkpoints.writer import check_free, staged, write_text
 from toolkit.data.rows import read_rows, split_answer, user_text
-from toolkit.errors import Problem
+from toolkit.errors import DataError, Problem
 from toolkit.evaluation.metrics import exact_match
+from toolkit.jobs.asking import check_prompt
 from toolkit.progress import track
 from toolkit.routing.evaluate import RouteResult, judge
-from toolkit.routing.router import load_router
+from toolkit.routing.router import Router, load_router
+from toolkit.routing.spec import RouteEvaluateSpec
 from toolkit.serving.engine import BASE, Engine
 from toolkit.serving.request import Sampling
-from toolkit.specs import Files, Folder, Spec
 from toolkit.tables import Report, Table
-
-
-class RouteEvaluateSpec(Spec):
-    """A router to judge.
-
-    Attributes:
-        router: folder of the fitted router.
-        data: expert -> JSONL files of prompts that were made for it.
-        base: model that the experts belong to; without it only the choices are judged, not their answers.
-        adapters: PEFT LoRA folder of each expert.
-        max_tokens: most tokens of an answer.
-        limit: most prompts of each expert, the first ones.
-        device: `auto`, `cpu`, `cuda`, ...
-        out: folder for the results.
-    """
-
-    router: Folder
-    data: Annotated[dict[str, Files], Field(min_length=1)]
-    base: Any = None
-    adapters: dict[str, Folder] = Field(default_factory=dict)
-    max_tokens: Annotated[int, Field(ge=1)] = 64
-    limit: Annotated[int, Field(ge=1)] | None = None
-    device: str = "auto"
-    out: Folder | None = None
 
 
 def evaluate_router(
@@ -62,9 +38,14 @@ def evaluate_router(
 
     Raises:
         SpecError: the spec is wrong, or names experts that the router does not know.
+        DataError: a row without a prompt; with a base, also one without an answer, or too long for the base.
+        OutputError: `out` exists.
     """
     loaded = specs.load(spec, RouteEvaluateSpec, overrides=overrides, smoke=smoke)
-    router = load_router(loaded.router)
+    folder = out or loaded.out
+    if folder:
+        check_free(Path(folder), overwrite=overwrite)
+    router = load_router(loaded.router, trust_remote_code=loaded.trust_remote_code)
     unknown = [name for name in loaded.data if name not in router.experts]
     if unknown:
         known = ", ".join(router.experts)
@@ -76,13 +57,13 @@ def evaluate_router(
     quality = None
     if loaded.base is not None:
         experts = [*experts, *([BASE] if BASE not in experts else [])]
-        with Engine(loaded.base, loaded.adapters, router, device=loaded.device) as engine:
+        options = {"device": loaded.device, "trust_remote_code": loaded.trust_remote_code}
+        with Engine(loaded.base, loaded.adapters, router, **options) as engine:
             chosen = _chosen(engine, prompts, experts)
             quality = _quality(loaded, engine, [row for name in rows for row in rows[name]], experts, quiet)
     else:
         chosen = np.array([experts.index(choice.expert) for choice in router.choose(prompts)])
     result = judge(experts, labels, chosen, quality)
-    folder = out or loaded.out
     if folder:
         with staged(Path(folder), overwrite=overwrite) as partial:
             write_text(partial / "results.json", json.dumps(result.to_dict(), indent=2) + "\n")
@@ -98,6 +79,8 @@ def _quality(
     spec: RouteEvaluateSpec, engine: Engine, rows: Sequence[Any], experts: Sequence[str], quiet: bool
 ) -> np.ndarray:
     """Let every expert answer every prompt; return `[B, N]` of right (1) and wrong (0)."""
+    for row in rows:
+        check_prompt(engine, row, spec.max_tokens)
     pairs = [split_answer(row) for row in rows]
     sampling = Sampling(max_tokens=spec.max_tokens)
     with track("asking every expert", len(rows) * len(experts), unit="prompts", quiet=quiet) as progress:
@@ -119,9 +102,22 @@ class Explanation(Report):
     """Why a router chose what it chose for one prompt."""
 
 
-def explain_route(router: str | Path, prompt: str) -> Explanation:
-    """Return the scores of every expert for a prompt, best first."""
-    loaded = load_router(router)
+def explain_route(router: Router | str | Path, prompt: str, *, trust_remote_code: bool = False) -> Explanation:
+    """Return the scores of every expert for a prompt, best first.
+
+    Args:
+        router: a router, or its folder.
+        prompt: what a user would ask.
+        trust_remote_code: run code that comes with the model of a saved router's embedding.
+
+    Raises:
+        DataError: the prompt is not text that UTF-8 can hold.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the prompt {prompt!r} is not UTF-8 text") from None
+    loaded = load_router(router, trust_remote_code=trust_remote_code)
     choice = loaded.choose([prompt])[0]
     ranked = sorted(choice.scores.items(), key=lambda item: -item[1])
     numbers = {

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from toolkit.errors import ToolkitError
+from toolkit.errors import Problem, SpecError, ToolkitError
 from toolkit.progress import State, redirect
 
 
@@ -50,6 +50,7 @@ class Worker:
         """Run one step, passing its progress on.
 
         Raises:
+            SpecError: the step's spec is wrong.
             StepError: the step failed, or the process died.
         """
         assert self.process.stdin
@@ -60,6 +61,8 @@ class Worker:
             message = json.loads(line)
             if "progress" in message:
                 show(State(**message["progress"]))
+            elif "problems" in message:
+                raise SpecError([Problem(where, text) for where, text in message["problems"]])
             elif "error" in message:
                 raise StepError(f"{out.name}: {message['error']}")
             else:
@@ -87,6 +90,8 @@ def main() -> None:
         step = json.loads(line)
         try:
             send({"result": run_step(step["kind"], step["spec"], Path(step["out"]))})
+        except SpecError as error:
+            send({"problems": [[problem.where, problem.message] for problem in error.problems]})
         except ToolkitError as error:
             send({"error": str(error)})
         except Exception as error:

@@ -10,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from toolkit.checkpoints.locate import locate
-from toolkit.checkpoints.reader import read_json
-from toolkit.errors import MissingError
-from toolkit.models.load import LoadedModel, load_model, load_tokenizer, pick_device, quiet_transformers
-from toolkit.specs import Spec
+from toolkit.checkpoints.reader import open_checkpoint
+from toolkit.models.load import LoadedModel, load_encoder, load_model, model_folder, pick_device
+from toolkit.specs import FolderOrObject, Spec
 
 Vectors = NDArray[np.float32]
 
@@ -26,10 +24,10 @@ class EmbeddingSpec(Spec):
         model: a base model or an encoder: a folder, a hub id, `toolkit:base`.
         layer: whose hidden states are averaged over the tokens; -1 is the last, 0 the token embeddings.
         max_length: tokens of a prompt that are looked at.
-        trust_remote_code: run code that comes with the model.
+        trust_remote_code: run code that comes with the model; never saved with a router.
     """
 
-    model: Any
+    model: FolderOrObject
     layer: int = -1
     max_length: Annotated[int, Field(ge=1)] = 512
     trust_remote_code: bool = False
@@ -60,23 +58,26 @@ class HiddenStates:
         return means.numpy()
 
 
-def open_embedder(spec: EmbeddingSpec, *, device: str = "auto") -> HiddenStates:
-    """Load the model of an embedding: a causal language model, or any encoder that transformers knows."""
+def open_embedder(spec: EmbeddingSpec, *, device: str = "auto", trust_remote_code: bool | None = None) -> HiddenStates:
+    """Load the model of an embedding: a causal language model, or any encoder that transformers knows.
+
+    Args:
+        spec: what to load.
+        device: where to put it.
+        trust_remote_code: run code that comes with the model; by default what the spec says. A spec that was read
+            from a file of somebody else's must not decide this.
+
+    Raises:
+        MissingError: no model there.
+        CheckpointError: pickled or broken weights.
+        UnsupportedError: not a model that transformers knows, or one that needs its own code.
+    """
     if isinstance(spec.model, LoadedModel | tuple):
         loaded = load_model(spec.model)
         return HiddenStates(loaded.model, loaded.tokenizer, spec.layer, spec.max_length)
-    path = locate(spec.model)
-    config = path / "config.json"
-    if not config.is_file():
-        raise MissingError(f"{spec.model}: no config.json in this folder, so it is no encoder")
-    architectures = read_json(config).get("architectures") or [""]
-    where = pick_device(device)
-    if "CausalLM" in architectures[0] or "LMHead" in architectures[0]:
-        loaded = load_model(spec.model, device=where, trust_remote_code=spec.trust_remote_code)
-        return HiddenStates(loaded.model, loaded.tokenizer, spec.layer, spec.max_length)
-    from transformers import AutoModel
-
-    with quiet_transformers():
-        model = AutoModel.from_pretrained(path, trust_remote_code=spec.trust_remote_code).to(where).eval()
-    tokenizer = load_tokenizer(spec.model, trust_remote_code=spec.trust_remote_code)
-    return HiddenStates(model, tokenizer, spec.layer, spec.max_length)
+    trusted = spec.trust_remote_code if trust_remote_code is None else trust_remote_code
+    with open_checkpoint(model_folder(spec.model, code=trusted)) as checkpoint:
+        architecture = checkpoint.architecture or ""
+    load = load_model if "CausalLM" in architecture or "LMHead" in architecture else load_encoder
+    loaded = load(spec.model, device=pick_device(device), trust_remote_code=trusted)
+    return HiddenStates(loaded.model, loaded.tokenizer, spec.layer, spec.max_length)

@@ -5,9 +5,11 @@ A kind of router is one module in `toolkit/routing/routers` that declares
 - `class Params(Spec)`: its parameters;
 - `fit(vectors [B, H], experts [B], num_experts, params) -> state`: learn from prompts whose expert is known,
   where `state` maps names to float32 arrays;
-- `score(vectors [B, H], state) -> [B, N]`: one score per prompt and expert, the larger the better.
+- `score(vectors [B, H], state) -> [B, N]`: one score per prompt and expert, the larger the better;
+- `check(state, num_experts)`: raise a `CheckpointError` where a state that was read is not one that `fit` returns.
 
-A saved router is a folder: `router.json` and the arrays as safetensors. Nothing in it is code.
+A saved router is a folder: `router.json` and the arrays as safetensors. Nothing in it is code, and nothing in it can
+allow the model of its embedding to run code: only who loads it can.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from toolkit.checkpoints.dtypes import DTYPES
 from toolkit.checkpoints.headers import TensorInfo
 from toolkit.checkpoints.locate import locate
 from toolkit.checkpoints.reader import open_checkpoint, read_json
-from toolkit.checkpoints.writer import staged, write_text, write_weights
+from toolkit.checkpoints.writer import check_free, staged, write_text, write_weights
 from toolkit.data.rows import read_rows, user_text
 from toolkit.errors import CheckpointError, MissingError, Problem, SpecError, UnsupportedError
 from toolkit.progress import track
@@ -56,10 +58,10 @@ class Choice:
     scores: dict[str, float]
 
     @property
-    def margin(self) -> float:
-        """How far the best is ahead of the second."""
+    def margin(self) -> float | None:
+        """How far the best is ahead of the second, where there is one."""
         ranked = sorted(self.scores.values(), reverse=True)
-        return ranked[0] - ranked[1] if len(ranked) > 1 else float("inf")
+        return ranked[0] - ranked[1] if len(ranked) > 1 else None
 
 
 class Router:
@@ -119,7 +121,8 @@ class Router:
         return digest.hexdigest()
 
     def _config(self) -> dict[str, Any]:
-        return {"router": self.kind, "experts": list(self.experts), "embedding": self.embedding.model_dump(mode="json")}
+        embedding = self.embedding.model_dump(mode="json", exclude={"trust_remote_code"})
+        return {"router": self.kind, "experts": list(self.experts), "embedding": embedding}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the router is, as JSON can hold it."""
@@ -139,7 +142,7 @@ class Router:
         Raises:
             UnsupportedError: the embedding is a model in memory, which no file can name.
         """
-        if not isinstance(self.embedding.model, str):
+        if not isinstance(self.embedding.model, str | Path):
             raise UnsupportedError("a router whose embedding is a model in memory cannot be saved; name its folder")
         arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in self.state.items()}
         tensors = [TensorInfo(name, DTYPES["F32"], value.shape) for name, value in arrays.items()]
@@ -149,27 +152,57 @@ class Router:
             write_text(partial / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def load_router(source: str | Path) -> Router:
+def load_router(source: Router | str | Path, *, trust_remote_code: bool = False) -> Router:
     """Load a saved router.
+
+    Args:
+        source: its folder; or a router, which is returned as it is.
+        trust_remote_code: run code that comes with the model of its embedding, whatever the folder says of it.
 
     Raises:
         MissingError: nothing there, or no router.
-        CheckpointError: broken files.
+        CheckpointError: broken files, or files that do not belong together.
     """
+    if isinstance(source, Router):
+        return source
     folder = locate(source)
     if not (folder / CONFIG).is_file():
         raise MissingError(f"{source}: no {CONFIG} in this folder")
-    config = read_json(folder / CONFIG)
+    kind, experts, embedding = _read_config(folder / CONFIG)
+    embedding = embedding.model_copy(update={"trust_remote_code": trust_remote_code})
+    router = Router(kind, experts, _read_state(folder), embedding)
+    try:
+        router.module.check(router.state, len(experts))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: not a {kind} router of {len(experts)} experts: {error}") from None
+    return router
+
+
+def _read_config(path: Path) -> tuple[str, list[str], EmbeddingSpec]:
+    config = read_json(path)
+    kind, experts = config.get("router"), config.get("experts")
+    if kind not in names.available(ROUTERS):
+        raise CheckpointError(f"{path}: router: {kind!r} is no router (known: {', '.join(names.available(ROUTERS))})")
+    named = isinstance(experts, list) and all(isinstance(name, str) for name in experts)
+    if not named or not experts or len(set(experts)) < len(experts):
+        raise CheckpointError(f"{path}: experts: expected a list of different names, got {experts!r}")
+    embedding = config.get("embedding")
+    if not isinstance(embedding, dict) or not isinstance(embedding.get("model"), str):
+        raise CheckpointError(f"{path}: embedding: expected a block that names its model, got {embedding!r}")
+    settings = {key: value for key, value in embedding.items() if key != "trust_remote_code"}
+    try:
+        return kind, experts, specs.validate(settings, EmbeddingSpec, name="embedding")
+    except SpecError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _read_state(folder: Path) -> dict[str, NDArray[np.float32]]:
     state: dict[str, NDArray[np.float32]] = {}
     with open_checkpoint(folder / "router.safetensors") as weights:
         for name, info in weights.tensors.items():
             state[name] = np.empty(info.shape, np.float32)
             weights.read(name, 0, info.count, state[name].reshape(-1))
-    try:
-        embedding = EmbeddingSpec.model_validate(config["embedding"])
-        return Router(config["router"], config["experts"], state, embedding)
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: not a router's config ({error})") from None
+    return state
 
 
 def fit_router(
@@ -196,8 +229,12 @@ def fit_router(
     Raises:
         SpecError: the spec is wrong.
         DataError: a row without a prompt.
+        OutputError: `out` exists.
     """
     loaded = specs.load(spec, RouteSpec, overrides=overrides, smoke=smoke)
+    folder = out or loaded.out
+    if folder:
+        check_free(Path(folder), overwrite=overwrite)
     try:
         module = _load(loaded.router)
     except UnsupportedError as error:
@@ -217,8 +254,8 @@ def fit_router(
             progress.advance(len(vectors[-1]))
     state = module.fit(np.concatenate(vectors), np.array(labels), len(loaded.experts), params)
     router = Router(loaded.router, list(loaded.experts), state, loaded.embedding, embedder)
-    if out or loaded.out:
-        router.save(out or loaded.out or "", overwrite=overwrite)
+    if folder:
+        router.save(folder, overwrite=overwrite)
     return router
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from toolkit.errors import CheckpointError
 from toolkit.routing.embedding import Vectors
 from toolkit.specs import Spec
 
@@ -47,6 +48,19 @@ def score(vectors: Vectors, state: Mapping[str, Vectors]) -> Vectors:
     """Return minus half the squared distance to every centroid."""
     x, centroids = (vectors - state["center"]) @ state["whitening"], state["centroids"]
     return x @ centroids.T - (np.square(x).sum(axis=1, keepdims=True) + np.square(centroids).sum(axis=1)) / 2
+
+
+def check(state: Mapping[str, Vectors], num_experts: int) -> None:
+    """Check that the arrays are all there, finite, and of sizes that fit each other and the experts."""
+    size = state["center"].size if "center" in state else 0
+    wanted = {"center": (size,), "whitening": (size, size), "centroids": (num_experts, size)}
+    for name, shape in wanted.items():
+        if name not in state:
+            raise CheckpointError(f"{name} is missing")
+        if state[name].shape != shape:
+            raise CheckpointError(f"{name} is {list(state[name].shape)}, expected {list(shape)}")
+        if not np.isfinite(state[name]).all():
+            raise CheckpointError(f"{name} holds values that are not finite")
 
 
 def _whitening(within: NDArray[np.float64], shrinkage: float | None) -> NDArray[np.float64]:
