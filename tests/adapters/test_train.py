@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,15 +20,20 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel
 from tensorboardX.proto.event_pb2 import Event
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import toolkit
+from toolkit.adapters.callbacks import ShowProgress
 from toolkit.adapters.config import peft_config
+from toolkit.adapters.packing import leak
+from toolkit.adapters.runs import METRICS
 from toolkit.adapters.spec import AdapterSpec
-from toolkit.adapters.train import METRICS, train
+from toolkit.adapters.train import train
 from toolkit.checkpoints.adapters import open_adapter
 from toolkit.data.rows import write_rows
-from toolkit.errors import DataError, OutputError, SpecError
+from toolkit.embedded.tokenizer import VOCAB_SIZE, build_tokenizer
+from toolkit.errors import DataError, MissingError, OutputError, SpecError
+from toolkit.models.load import LoadedModel, quiet_transformers
 
 
 @pytest.fixture(scope="module")
@@ -156,15 +165,8 @@ def test_killed_run_resumes_to_the_same_loss_to_the_last_digit(base, data, tmp_p
     assert (tmp_path / "killed" / "adapter_model.safetensors").read_bytes() == (
         undisturbed / "adapter_model.safetensors"
     ).read_bytes()
-
-    def numbers(folder):
-        return [
-            {k: v for k, v in e.items() if k in ("step", "loss", "eval_loss", "grad_norm", "learning_rate")}
-            for e in metrics(folder)
-        ]
-
-    assert numbers(tmp_path / "killed") == numbers(undisturbed)
-    assert [e["step"] for e in numbers(undisturbed) if "loss" in e] == list(range(1, 10))
+    assert losses(tmp_path / "killed") == losses(undisturbed)
+    assert [e["step"] for e in losses(undisturbed) if "loss" in e] == list(range(1, 10))
 
 
 def test_resume_refuses_what_is_not_the_same_run(base, data, tmp_path):
@@ -175,6 +177,161 @@ def test_resume_refuses_what_is_not_the_same_run(base, data, tmp_path):
     subprocess.run([sys.executable, "-c", KILLED, path, "2", tmp_path / "out"])
     with pytest.raises(OutputError, match="the spec or its data changed"):
         train(spec_of(base, data, save_steps=1, learning_rate=5e-3), tmp_path / "out", resume=True, quiet=True)
+
+
+class StopError(Exception):
+    """Ends a run as a kill does: what is on the disk stays there."""
+
+
+def losses(folder: Path) -> list[dict]:
+    keys = ("step", "loss", "eval_loss", "grad_norm", "learning_rate")
+    return [{k: v for k, v in e.items() if k in keys} for e in metrics(folder) if "loss" in e or "eval_loss" in e]
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    old = ShowProgress.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            raise StopError
+        old(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(ShowProgress, "on_step_end", on_step_end)
+
+
+def test_resumed_run_has_the_patience_of_the_undisturbed_one(base, data, tmp_path, monkeypatch):
+    spec = spec_of(base, data, max_steps=60, learning_rate=0.3, eval_steps=1, early_stopping_patience=2)
+    undisturbed = train(spec, tmp_path / "undisturbed", quiet=True)
+    with monkeypatch.context() as patched:  # one evaluation without a better loss is behind it
+        stop_at(patched, undisturbed.numbers["steps"])
+        with pytest.raises(StopError):
+            train(spec, tmp_path / "out", quiet=True)
+    resumed = train(spec, tmp_path / "out", resume=True, quiet=True)
+    same = ("steps", "best_step", "eval_loss", "train_loss")
+    assert {k: resumed.numbers[k] for k in same} == {k: undisturbed.numbers[k] for k in same}
+    assert losses(resumed.path) == losses(undisturbed.path)
+
+
+@pytest.mark.parametrize("training", [{"save_steps": 4}, {"eval_steps": 1, "early_stopping_patience": 2}])
+def test_run_that_was_killed_at_its_very_end_takes_no_step_more(training, base, data, tmp_path, monkeypatch):
+    spec = spec_of(base, data, learning_rate=0.3, **training)
+    undisturbed = train(spec, tmp_path / "undisturbed", quiet=True)
+
+    def write_records(*_):
+        raise StopError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("toolkit.adapters.train.write_records", write_records)
+        with pytest.raises(StopError):
+            train(spec, tmp_path / "out", quiet=True)
+    resumed = train(spec, tmp_path / "out", resume=True, quiet=True)
+    same = ("steps", "best_step", "eval_loss", "train_loss")
+    assert {k: resumed.numbers[k] for k in same} == {k: undisturbed.numbers[k] for k in same}
+    name = "adapter_model.safetensors"
+    assert (resumed.path / name).read_bytes() == (undisturbed.path / name).read_bytes()
+    assert not (resumed.path / "run.json").exists()
+
+
+def test_mean_loss_is_over_all_steps_wherever_checkpoints_and_entries_fall(base, data, tmp_path, monkeypatch):
+    every = train(spec_of(base, data, logging_steps=1), tmp_path / "every", quiet=True)
+    mean = sum(e["loss"] for e in metrics(every.path) if "loss" in e) / 8
+    assert every.numbers["train_loss"] == pytest.approx(mean)
+    spec = spec_of(base, data, logging_steps=5, save_steps=3)
+    undisturbed = train(spec, tmp_path / "undisturbed", quiet=True)
+    with monkeypatch.context() as patched:
+        stop_at(patched, 5)
+        with pytest.raises(StopError):
+            train(spec, tmp_path / "out", quiet=True)
+    with (tmp_path / ".out.partial" / METRICS).open("a") as file:
+        file.write('{"step": 4, "lo')  # the kill cut it off
+    resumed = train(spec, tmp_path / "out", resume=True, quiet=True)
+    assert losses(resumed.path) == losses(undisturbed.path)
+    assert resumed.numbers["train_loss"] == undisturbed.numbers["train_loss"] == pytest.approx(mean)
+
+
+def test_note_of_a_run_that_is_cut_off_is_no_note(base, data, tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "run.json").write_text('{"finger')
+    with pytest.raises(OutputError, match="no run to resume here"):
+        train(spec_of(base, data), tmp_path / "out", resume=True, quiet=True)
+
+
+def test_home_is_expanded_and_every_data_file_is_hashed(base, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(base, tmp_path / "base")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "rows.jsonl", [{"prompt": name, "completion": name}])
+    files = {"train": ["~/a/rows.jsonl", "~/b/rows.jsonl"], "validation": "~/b/rows.jsonl"}
+    spec = spec_of(base, data, max_steps=1) | {"base": "~/base", "data": files, "out": "~/made/out"}
+    result = train(spec, quiet=True)
+    assert result.path == tmp_path / "made" / "out"
+    assert open_adapter(result.path).base_model == str(tmp_path / "base")
+    expected = {f"~/{n}/rows.jsonl": tmp_path / n / "rows.jsonl" for n in "ab"}
+    expected["adapter_model.safetensors"] = result.path / "adapter_model.safetensors"
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in expected.items()}
+    assert json.loads((result.path / "training.json").read_text())["sha256"] == hashes
+    card = (result.path / "README.md").read_text()
+    assert all(f"| {name} | {value} |" in card for name, value in hashes.items())
+    last = card.splitlines()[-1]
+    assert all(f"{name} {version(name)}" in last for name in ("torch", "transformers", "peft", "accelerate"))
+    spec["data"] = {"train": "~/absent.jsonl"}
+    with pytest.raises(MissingError, match=r"absent\.jsonl: no such data file"):
+        train(spec, tmp_path / "other", quiet=True)
+    assert not list(tmp_path.glob("*other*"))
+
+
+def model_of(kind: str) -> LoadedModel:
+    sizes = {
+        "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "bos_token_id": 256, "eos_token_id": 257},
+        "bloom": {},
+        "mamba": {"state_size": 4},
+        "gpt2": {"n_positions": 64, "bos_token_id": 256, "eos_token_id": 257},
+        "llama": {"intermediate_size": 64},
+    }
+    common = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, **common, **sizes[kind])
+    torch.manual_seed(0)
+    with quiet_transformers():
+        return LoadedModel(kind, AutoModelForCausalLM.from_config(config).eval(), build_tokenizer(64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "apart"), [("opt", False), ("bloom", False), ("mamba", False), ("gpt2", True), ("llama", True)]
+)
+def test_leaks_between_packed_documents_are_found(kind, apart):
+    loaded = model_of(kind)
+    loaded.model.train()  # dropout must not look like a leak
+    for batch in (1, 2):
+        assert (leak(loaded, batch) < 1e-3) == apart
+    assert loaded.model.training
+
+
+def test_packing_is_refused_where_it_leaks(data, tmp_path):
+    loaded = model_of("opt")
+    spec = spec_of(Path(), data, max_steps=1) | {"base": (loaded.model, loaded.tokenizer)}
+    spec["data"] = {"train": str(data / "train.jsonl"), "packing": True}
+    with pytest.raises(SpecError, match=r"data\.packing: the model does not keep packed documents apart; set it to"):
+        train(spec, tmp_path / "out", quiet=True)
+    assert not list(tmp_path.iterdir())
+    spec["data"] |= {"packing": False}
+    assert train(spec, tmp_path / "out", quiet=True).numbers["steps"] == 1
+
+
+def test_packed_rows_alone_may_be_longer_than_the_context(data, tmp_path):
+    """GPT-2 has a table of 64 positions; a packed row of 150 tokens, padded, reads no other."""
+    loaded = model_of("gpt2")
+    found = []
+    for packing in (False, True):
+        spec = spec_of(Path(), data, max_steps=1, batch_size=7, learning_rate=1e-9)
+        spec |= {"base": (loaded.model, loaded.tokenizer), "adapter": {"r": 2, "fan_in_fan_out": True}}
+        spec["data"] |= {"packing": packing, "max_length": 150}
+        found.append(train(spec, tmp_path / str(packing), quiet=True).numbers["eval_loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    write_rows(tmp_path / "long.jsonl", [{"text": "x" * 100}])
+    spec["data"] = {"train": str(tmp_path / "long.jsonl"), "max_length": 150}
+    with pytest.raises(DataError, match=r"long\.jsonl:1: 101 tokens, but the model takes at most 64"):
+        train(spec, tmp_path / "long", quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -224,9 +381,39 @@ def test_early_stopping_keeps_the_best_checkpoint(base, data, tmp_path):
     assert result.numbers["steps"] < 60
     best = evals.index(min(evals)) + 1
     assert result.numbers["best_step"] == best
+    assert result.numbers["eval_loss"] == min(evals)
     kept = weights(result.path)
     saved = weights(result.path / "checkpoints" / f"checkpoint-{best}")
     assert all(torch.equal(kept[name], saved[name]) for name in kept)
+
+
+def test_early_stopping_keeps_the_checkpoints_of_save_steps_too(base, data, tmp_path):
+    spec = spec_of(base, data, eval_steps=4, save_steps=3, early_stopping_patience=5, save_total_limit=9)
+    result = train(spec, tmp_path / "out", quiet=True)
+    assert sorted(p.name for p in (result.path / "checkpoints").iterdir()) == [
+        f"checkpoint-{step}" for step in (3, 4, 6, 8)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_bias": True}, "PEFT alone reads this adapter: .*lora_bias"),
+        ({"trainable_token_indices": [5]}, "PEFT alone reads this adapter: .*trainable_token_indices"),
+        ({"target_modules": ["embed_tokens"]}, "can be merged but not served: it adapts model.embed_tokens"),
+        (
+            {"modules_to_save": ["norm"]},
+            "can be merged but not served: it stores model.layers.0.input_layernorm.weight whole",
+        ),
+        ({}, None),
+    ],
+)
+def test_adapters_that_not_all_of_the_toolkit_reads_are_told(options, message, base, data, tmp_path):
+    spec = spec_of(base, data, max_steps=1)
+    spec["adapter"] = spec["adapter"] | options
+    warning = train(spec, tmp_path / "out", quiet=True).numbers.get("warning")
+    assert warning is None if message is None else re.search(message, warning), warning
 
 
 def test_metrics_reach_tensorboard(base, data, tmp_path):
@@ -274,6 +461,19 @@ def test_bad_rows_stop_the_run_before_it_begins(base, data, tmp_path):
         ),
         ({"initialize": "random"}, "initialize: random needs adapter.method: full"),
         ({"out": None}, "out: required"),
+        ({"training": {"optimizer": "adamw_trch"}}, "training.optimizer: no optimizer 'adamw_trch'; did you mean"),
+        ({"training": {"optimizer": "lomo"}}, "training.optimizer: lomo cannot be used here"),
+        (
+            {"training": {"report_to": ["tensorboard", "trackio"]}},
+            "training.report_to[1]: trackio is not installed; pip install trackio, or leave it out",
+        ),
+        ({"adapter": {"rank_pattern": {"(": 4}}}, "adapter.rank_pattern: '(' is not a regular expression"),
+        ({"adapter": {"rank_pattern": {"up_proj": "x"}}}, "adapter.rank_pattern: 'up_proj': expected a number above 0"),
+        ({"adapter": {"target_modules": "*_proj"}}, "adapter.target_modules: '*_proj' is not a regular expression"),
+        ({"adapter": {"init_lora_weights": "pissa"}}, "adapter.init_lora_weights: pissa changes the base"),
+        ({"adapter": {"init_lora_weights": "olora"}}, "adapter.init_lora_weights: olora changes the base"),
+        ({"adapter": {"lora_alpha": 0}}, "adapter.lora_alpha: expected a number above 0, got 0"),
+        ({"adapter": {"method": "full", "r": 4}}, "adapter.r: full has no field 'r'"),
     ],
 )
 def test_bad_specs(change, message, base, data, tmp_path):
@@ -282,6 +482,13 @@ def test_bad_specs(change, message, base, data, tmp_path):
         train(spec, quiet=True)
     assert message in str(caught.value)
     assert list(tmp_path.iterdir()) == [] or not (tmp_path / "out").exists()
+
+
+def test_faults_are_told_together_and_before_the_base_is_looked_for(data, tmp_path):
+    spec = spec_of(tmp_path / "absent", data, optimizer="bogus") | {"adapter": {"lora_aplha": 3}}
+    with pytest.raises(SpecError) as caught:
+        train(spec, quiet=True)
+    assert [p.where for p in caught.value.problems] == ["adapter.lora_aplha", "training.optimizer", "out"]
 
 
 def test_every_field_of_the_config_is_peft_own():
@@ -296,7 +503,9 @@ def test_model_objects_train_as_well(base, data, tmp_path):
     loaded = toolkit.load_model(base)
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     kinds = [type(module) for module in loaded.model.modules()]
-    spec = spec_of(base, data, max_steps=2) | {"base": (loaded.model, loaded.tokenizer)}
+    loaded.model.model.layers[0].train()
+    modes = [module.training for module in loaded.model.modules()]
+    spec = spec_of(base, data, max_steps=2, gradient_checkpointing=True) | {"base": (loaded.model, loaded.tokenizer)}
     result = train(spec, tmp_path / "out", quiet=True)
     assert open_adapter(result.path).base_model == str(base)
     assert [type(module) for module in loaded.model.modules()] == kinds
@@ -304,7 +513,8 @@ def test_model_objects_train_as_well(base, data, tmp_path):
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(value.requires_grad for value in loaded.model.parameters())
     assert loaded.model.config.use_cache
-    assert not loaded.model.training
+    assert [module.training for module in loaded.model.modules()] == modes
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in loaded.model.modules())
 
 
 def test_interrupt_leaves_no_half_adapter(base, data, tmp_path):

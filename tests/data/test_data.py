@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from tokenizers.processors import ByteLevel
 
 from tests import tiny
 from toolkit.data.collate import Collator
@@ -39,6 +40,33 @@ def test_chat_trains_what_the_assistant_says_and_its_end(tokenizer):
     example = Renderer(tokenizer, 256).render(Row({"messages": CHAT}, "f:1"))
     assert trained_text(example, tokenizer) == "Hello.<|end|>Goodbye, naïve café.<|end|>"
     assert tokenizer.decode(example.tokens) == tokenizer.apply_chat_template(CHAT, tokenize=False)
+
+
+BARE = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("trims", [False, True])
+@pytest.mark.parametrize("answer", ["😀", "naïve 東京 🎉", "é", "x", " spaced ", "two  "])
+def test_all_of_an_answer_is_trained_and_nothing_else(answer, trims):
+    """The block ends with the content here, so its last character may be any number of bytes, or be trimmed."""
+    tokenizer = build_tokenizer(256)
+    tokenizer.chat_template = BARE
+    if trims:
+        tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    chat = [{"role": r, "content": c} for r, c in (("user", "é "), ("assistant", answer)) * 2]
+    example = Renderer(tokenizer, 256).render(Row({"messages": chat}, "f:1"))
+    assert bytes(label for label in example.labels if label != IGNORED) == (answer * 2).encode()
+    assert example.tokens == tokenizer.apply_chat_template(chat, tokenize=True)["input_ids"]
+
+
+def test_tokenizers_that_do_not_know_characters_are_refused(tokenizer, monkeypatch):
+    slow = build_tokenizer(256)
+    monkeypatch.setattr(type(slow), "is_fast", False)
+    with pytest.raises(DataError, match="use a fast tokenizer, or set"):
+        Renderer(slow, 256).render(Row({"messages": CHAT}, "f:1"))
 
 
 def test_completion_trains_the_completion_and_its_end(tokenizer):
@@ -74,11 +102,20 @@ def test_rows_keep_their_places_and_blank_lines_do_not_count(tmp_path):
         ((), "the file has no rows"),
         (({"text": "x"}, "{oops"), r"a\.jsonl:2: not valid JSON"),
         (("[1]",), r"a\.jsonl:1: expected a JSON object, got list"),
+        (({"text": "x"}, '{"text": "\\ud800"}'), r"a\.jsonl:2: half of a character"),
+        (('{"messages": [{"role": "user", "content": "\\ud83d"}]}',), r"a\.jsonl:1: half of a character"),
+        (('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}",), r"a\.jsonl:1: nested too deeply"),
+        (({"text": "x"}, "", '{"text": "x", "id": ' + "7" * 5000 + "}"), r"a\.jsonl:3: a number of too many digits"),
     ],
 )
 def test_bad_files(lines, message, tmp_path):
     with pytest.raises(DataError, match=message):
         read_rows(write(tmp_path / "a.jsonl", *lines))
+
+
+def test_whole_characters_may_be_spelled_in_halves(tmp_path):
+    (row,) = read_rows(write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude00 \\u00e9"}'))
+    assert row.data == {"text": "😀 é"}
 
 
 def test_missing_and_misencoded_files(tmp_path):
@@ -107,6 +144,16 @@ def test_bad_rows_are_named(data, message, tokenizer):
     with pytest.raises(DataError, match=message) as caught:
         Renderer(tokenizer, 256).render_all([Row({"text": "fine"}, "f:6"), Row(data, "f:7")])
     assert str(caught.value).startswith("f:7: ")
+
+
+def test_limit_of_the_model_holds_whatever_the_spec_allows(tokenizer):
+    row = Row({"text": "x" * 99}, "f:1")
+    with pytest.raises(DataError, match="f:1: 100 tokens, but the model takes at most 64; shorten the row, or set"):
+        Renderer(tokenizer, 256, context=64).render_all([row])
+    (example,), report = Renderer(tokenizer, 256, "truncate", context=64).render_all([row])
+    assert (len(example.tokens), report.truncated) == (64, 1)
+    with pytest.raises(DataError, match="but max_length is 32; raise it"):
+        Renderer(tokenizer, 32, context=64).render_all([row])
 
 
 def test_rows_can_be_left_out_and_are_counted(tokenizer):
@@ -195,3 +242,10 @@ def test_padding_changes_nothing(base):
         got = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0, :4]
         expected = model(torch.tensor([examples[0].tokens])).logits[0]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_asks_for_no_position_that_no_document_has():
+    rows = [concatenate(examples_of([9, 9, 9])), concatenate(examples_of([2, 8]))]
+    positions = Collator(pad=258)(rows)["position_ids"]
+    assert positions.max() == 8
+    assert positions[1].tolist() == [0, 1, *range(8), 8, *range(9), *range(7)]

@@ -1,10 +1,11 @@
-"""What happens during training besides training: metrics to a file and TensorBoard, progress to the terminal."""
+"""What happens during training besides training: metrics to files, progress to the terminal, more checkpoints."""
 
 from __future__ import annotations
 
 import json
 import time
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from toolkit.adapters.runs import step_of
+from toolkit.checkpoints.writer import write_text
 from toolkit.progress import Progress, track
 
 
@@ -27,15 +29,16 @@ class MetricsFile(TrainerCallback):
 
     Args:
         path: of the file.
-        checkpoint: that training goes on from; entries after its step are dropped, since they come again.
+        checkpoint: that training goes on from; entries after its step are dropped, since they come again, and so is
+            one that a kill cut off.
     """
 
     def __init__(self, path: Path, checkpoint: Path | None) -> None:
         self.path = path
         last = step_of(checkpoint) if checkpoint else 0
         lines = path.read_text(encoding="utf-8").splitlines() if checkpoint and path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= last]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        kept = [line for line in lines if _step(line) <= last]
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def on_log(
         self,
@@ -48,6 +51,44 @@ class MetricsFile(TrainerCallback):
         """Write one entry."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def _step(line: str) -> float:
+    """Return the step of an entry; one that is cut off is after every step."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return inf
+
+
+class Rhythm(TrainerCallback):
+    """Adds checkpoints and log entries to those that the trainer makes by itself.
+
+    A checkpoint does not hold the losses since the last entry. With an entry beside every checkpoint there are none,
+    and a resumed run logs what an undisturbed one does.
+
+    Args:
+        save_steps: steps between two checkpoints, which early stopping would otherwise set by its evaluations alone.
+    """
+
+    def __init__(self, save_steps: int | None) -> None:
+        self.save_steps = save_steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Decide after a step."""
+        if self.save_steps and state.global_step % self.save_steps == 0:
+            control.should_save = True
+        self._log(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Decide after an epoch."""
+        self._log(control)
+
+    def _log(self, control: TrainerControl) -> None:
+        if control.should_save or control.should_evaluate or control.should_training_stop:
+            control.should_log = True
 
 
 class ShowProgress(TrainerCallback):

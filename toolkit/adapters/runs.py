@@ -4,48 +4,85 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from toolkit.adapters.spec import TrainSpec
+from toolkit.checkpoints.companions import file_hashes
+from toolkit.checkpoints.reader import read_json
 from toolkit.checkpoints.writer import clear, write_text
-from toolkit.errors import OutputError
+from toolkit.errors import CheckpointError, MissingError, OutputError
 
 CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
 IDENTITY = "run.json"
+STATE = "trainer_state.json"
 
 
-def begin(partial: Path, spec: TrainSpec) -> None:
+def hash_data(spec: TrainSpec) -> dict[str, str]:
+    """Return the SHA-256 of every data file of a run, by its path in the spec.
+
+    Raises:
+        MissingError: no such file.
+    """
+    found: dict[str, str] = {}
+    for file in (*spec.data.train, *(spec.data.validation or ())):
+        path = Path(os.path.expanduser(file))
+        if not path.is_file():
+            raise MissingError(f"{path}: no such data file")
+        (found[file],) = file_hashes([path]).values()
+    return found
+
+
+def begin(partial: Path, spec: TrainSpec, data: Mapping[str, str]) -> None:
     """Empty the folder and note which run it holds."""
     clear(partial)
-    write_text(partial / IDENTITY, json.dumps({"fingerprint": fingerprint(spec)}) + "\n")
+    write_text(partial / IDENTITY, json.dumps({"fingerprint": _fingerprint(spec, data)}) + "\n")
 
 
-def finish(partial: Path) -> None:
-    """Drop the note; the run is complete."""
-    (partial / IDENTITY).unlink()
+def finish(folder: Path) -> None:
+    """Drop the note from a folder in its place; the run is complete."""
+    (folder / IDENTITY).unlink()
 
 
-def last_checkpoint(partial: Path, spec: TrainSpec) -> Path | None:
+def last_checkpoint(partial: Path, spec: TrainSpec, data: Mapping[str, str]) -> Path | None:
     """Return the newest checkpoint that was written to its end, or `None` where no step was saved.
+
+    Args:
+        partial: folder of the run.
+        spec: of the run that is to go on.
+        data: SHA-256 of its data files.
 
     Raises:
         OutputError: no run there, or one of another spec or of other data.
     """
-    if not (partial / IDENTITY).is_file():
+    begun = _read(partial / IDENTITY)
+    if begun is None:
         raise OutputError(f"{partial}: no run to resume here; run without --resume to start one")
-    if json.loads((partial / IDENTITY).read_text(encoding="utf-8"))["fingerprint"] != fingerprint(spec):
+    if begun.get("fingerprint") != _fingerprint(spec, data):
         raise OutputError(
             f"{partial}: the spec or its data changed since this run began; run without --resume to start anew"
         )
     for folder in checkpoints(partial):
-        try:  # written last
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            shutil.rmtree(folder)
-        else:
+        if _read(folder / STATE) is not None:  # written last
             return folder
+        shutil.rmtree(folder)
     return None
+
+
+def is_over(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint is the last of its run: every step was taken, or its patience is at an end."""
+    state = read_json(checkpoint / STATE)
+    stopper = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
+    if (
+        stopper
+        and stopper["attributes"]["early_stopping_patience_counter"] >= stopper["args"]["early_stopping_patience"]
+    ):
+        return True
+    return state["global_step"] >= state["max_steps"]
 
 
 def checkpoints(partial: Path) -> list[Path]:
@@ -58,11 +95,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def fingerprint(spec: TrainSpec) -> str:
-    """Return an identity of a run: its spec and the bytes of its data."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(spec.model_dump_json(exclude={"out"}).encode())
-    for file in (*spec.data.train, *(spec.data.validation or ())):
-        path = Path(file).expanduser()
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()
+def _read(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; one that is absent or cut off is none."""
+    try:
+        return read_json(path)
+    except (MissingError, CheckpointError):
+        return None
+
+
+def _fingerprint(spec: TrainSpec, data: Mapping[str, str]) -> str:
+    """Return an identity of a run: its spec and its data."""
+    text = json.dumps([spec.model_dump_json(exclude={"out"}), dict(data)])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PlainSerializer, model_validator
 
-from toolkit.specs import Files, Folder, Spec
+from toolkit.specs import Files, Folder, FolderOrObject, Spec
 
-Base = Annotated[Any, PlainSerializer(lambda b: str(b) if isinstance(b, str | Path) else type(b).__name__)]
+Base = Annotated[FolderOrObject, PlainSerializer(lambda b: str(b) if isinstance(b, str | Path) else type(b).__name__)]
 """A folder, a hub id, `toolkit:base`, or a pair `(model, tokenizer)` in memory."""
 
 
@@ -37,8 +37,8 @@ class DataSpec(Spec):
         train: JSONL files of `prompt` and `completion`, `messages`, or `text`.
         validation: JSONL files on which the loss is measured.
         train_on_inputs: train prompts as well as answers.
-        max_length: most tokens of a row; by default what the model can take.
-        packing: put several short rows into one, kept apart from each other.
+        max_length: most tokens of a row; by default what the model can take, which only packed rows may exceed.
+        packing: put several short rows into one, kept apart from each other; refused for a model that cannot.
         too_long: what to do with a longer row.
         empty: what to do with a row in which no token is trained.
     """
@@ -70,8 +70,9 @@ class TrainingSpec(Spec):
         seed: of the initial adapter, the order of the data, and dropout.
         logging_steps: steps between two entries of the metrics.
         eval_steps: steps between two evaluations; by default one per epoch.
-        save_steps: steps between two checkpoints, which `--resume` goes on from; by default none are kept.
-        save_total_limit: newest checkpoints that are kept.
+        save_steps: steps between two checkpoints, which `--resume` goes on from; by default none are kept. Early
+            stopping keeps one of every evaluation besides.
+        save_total_limit: newest checkpoints that are kept, besides the best one that early stopping needs.
         early_stopping_patience: evaluations without a better loss after which training stops; the best
             checkpoint is then the result.
         gradient_checkpointing: recompute activations in the backward pass to save memory.

@@ -6,31 +6,29 @@ and the output appears only when it is whole.
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit import specs
 from toolkit.adapters import runs
+from toolkit.adapters.config import faults
+from toolkit.adapters.records import as_text, limits, write_records
 from toolkit.adapters.spec import TrainSpec
-from toolkit.checkpoints.companions import file_hashes, versions, write_card
-from toolkit.checkpoints.writer import check_free, commit, locked, staging_path, write_text
-from toolkit.data.collate import Collator
+from toolkit.checkpoints.writer import check_free, commit, locked, staging_path
 from toolkit.data.pack import Packed, alone, pack
 from toolkit.data.render import Renderer, RenderReport
 from toolkit.data.rows import read_rows
 from toolkit.errors import Problem
-from toolkit.models.load import LoadedModel, pick_device, quiet_transformers
-from toolkit.tables import Report, Table, human_count
+from toolkit.models.load import LoadedModel, quiet_transformers
+from toolkit.tables import Report, Table
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
-
-METRICS = "metrics.jsonl"
+    from toolkit.adapters.trainer import Run
 
 
 @dataclass(frozen=True)
@@ -73,176 +71,88 @@ def train(
 
     Raises:
         SpecError: the spec is wrong.
+        MissingError: no such data file, or no such base.
         DataError: a row that cannot be used, before the first step.
         OutputError: `out` exists, or there is nothing to resume.
     """
     loaded = specs.load(spec, TrainSpec, overrides=overrides, smoke=smoke)
-    folder = Path(out or loaded.out or "")
-    if folder == Path():
-        raise loaded.error([Problem("out", "required: the folder to write")])
+    found = faults(loaded)
+    if not (out or loaded.out):
+        found.append(Problem("out", "required: the folder to write"))
+    if found:
+        raise loaded.error(found)
+    folder = Path(os.path.expanduser(out or loaded.out or ""))
     check_free(folder, overwrite=overwrite)
+    data = runs.hash_data(loaded)
     with locked(staging_path(folder)) as partial:
-        checkpoint = runs.last_checkpoint(partial, loaded) if resume else None
+        checkpoint = runs.last_checkpoint(partial, loaded, data) if resume else None
         if checkpoint is None:
-            runs.begin(partial, loaded)
+            runs.begin(partial, loaded, data)
         try:
             with quiet_transformers():
                 numbers = _run(loaded, partial, folder.name, checkpoint, quiet)
+            write_records(loaded, partial, folder.name, numbers, data)
             commit(partial, folder)
         finally:
             if partial.exists() and not runs.checkpoints(partial):
                 shutil.rmtree(partial)  # nothing in it that could be resumed
-    numbers["path"] = str(folder)
-    rows = [[key.replace("_", " "), _text(value)] for key, value in numbers.items() if not isinstance(value, dict)]
-    return TrainResult(numbers, [Table(("train", folder.name), rows)], folder)
+    runs.finish(folder)
+    return _result(numbers, folder)
 
 
 def _run(spec: TrainSpec, partial: Path, name: str, checkpoint: Path | None, quiet: bool) -> dict[str, Any]:
+    from toolkit.adapters.packing import check_packing
     from toolkit.adapters.trainee import save, trainee
+    from toolkit.adapters.trainer import Run
 
     started = time.perf_counter()
     with trainee(spec) as loaded:
-        train_set = _dataset(spec, spec.data.train, loaded)
-        eval_set = _dataset(spec, spec.data.validation, loaded) if spec.data.validation else None
-        trainer = _trainer(spec, partial, name, loaded, train_set, eval_set, checkpoint, quiet)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        history = _history(trainer)
-        if eval_set and "eval_loss" not in history:
-            history["eval_loss"] = trainer.evaluate()["eval_loss"]
-        parameters = list(loaded.model.parameters())
-        numbers: dict[str, Any] = {
-            "steps": trainer.state.global_step,
-            "train_loss": history.get("train_loss"),
-            "eval_loss": history.get("eval_loss"),
-            "best_step": trainer.state.best_global_step,
-            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-            "parameters": sum(p.numel() for p in parameters),
-            "seconds": round(time.perf_counter() - started, 2),
-            "data": train_set.report.to_dict(),
-        }
+        if spec.data.packing:
+            check_packing(spec, loaded)
+        numbers = _train(spec, loaded, Run(partial, name, checkpoint, quiet))
         save(spec, loaded, partial)
-    runs.finish(partial)
-    _write_records(spec, partial, name, numbers)
-    return numbers
+    warning = limits(partial) if spec.adapter.method != "full" else None
+    numbers |= {"warning": warning} if warning else {}
+    return {**numbers, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def _train(spec: TrainSpec, loaded: LoadedModel, run: Run) -> dict[str, Any]:
+    from toolkit.adapters.trainer import eval_loss, go, make_trainer, train_loss
+
+    train_set = _dataset(spec, spec.data.train, loaded)
+    eval_set = _dataset(spec, spec.data.validation, loaded) if spec.data.validation else None
+    trainer = make_trainer(spec, run, loaded, train_set.rows, eval_set.rows if eval_set else None)
+    go(trainer, run.checkpoint)
+    parameters = list(loaded.model.parameters())
+    return {
+        "steps": trainer.state.global_step,
+        "train_loss": train_loss(trainer),
+        "eval_loss": eval_loss(trainer) if eval_set else None,
+        "best_step": trainer.state.best_global_step,
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameters": sum(p.numel() for p in parameters),
+        "data": train_set.report.to_dict(),
+    }
 
 
 def _dataset(spec: TrainSpec, files: Sequence[str], loaded: LoadedModel) -> _Dataset:
-    data, config = spec.data, loaded.model.config
-    longest = data.max_length or min(
-        getattr(config, "max_position_embeddings", None) or 1024, loaded.tokenizer.model_max_length
-    )
-    renderer = Renderer(loaded.tokenizer, longest, data.too_long, data.empty, train_on_inputs=data.train_on_inputs)
+    data, tokenizer = spec.data, loaded.tokenizer
+    context = _context(loaded)
+    longest = data.max_length or min(context or 1024, tokenizer.model_max_length)
+    options = {"train_on_inputs": data.train_on_inputs, "context": context}
+    renderer = Renderer(tokenizer, longest, data.too_long, data.empty, **options)
     examples, report = renderer.render_all(read_rows(files))
+    # Positions start anew in every document, so a packed row may be longer than the model's context.
     return _Dataset(pack(examples, longest) if data.packing else [alone(e) for e in examples], report)
 
 
-def _trainer(
-    spec: TrainSpec,
-    partial: Path,
-    name: str,
-    loaded: LoadedModel,
-    train_set: _Dataset,
-    eval_set: _Dataset | None,
-    checkpoint: Path | None,
-    quiet: bool,
-) -> Trainer:
-    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
-
-    from toolkit.adapters.callbacks import MetricsFile, ShowProgress, tensorboard
-
-    callbacks: list[Any] = [MetricsFile(partial / METRICS, checkpoint), ShowProgress(name, quiet)]
-    if "tensorboard" in spec.training.report_to:
-        callbacks.append(tensorboard(partial / "tensorboard"))
-    if spec.training.early_stopping_patience:
-        callbacks.append(EarlyStoppingCallback(spec.training.early_stopping_patience))
-    trainer = Trainer(
-        model=loaded.model,
-        args=_arguments(spec, partial, bool(eval_set)),
-        train_dataset=train_set.rows,  # pyright: ignore[reportArgumentType]  # any sequence will do
-        eval_dataset=eval_set.rows if eval_set else None,  # pyright: ignore[reportArgumentType]
-        data_collator=Collator(int(loaded.tokenizer.pad_token_id or 0)),
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    if spec.training.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return trainer
+def _context(loaded: LoadedModel) -> int | None:
+    """Return the most tokens that the positions of a model reach, where its config says so."""
+    config = loaded.model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
-def _arguments(spec: TrainSpec, partial: Path, evaluate: bool) -> TrainingArguments:
-    from transformers import TrainingArguments
-
-    from toolkit.adapters.trainee import computes_bfloat16
-
-    t = spec.training
-    rhythm = {"eval_strategy": "steps" if t.eval_steps else "epoch", "eval_steps": t.eval_steps} if evaluate else {}
-    if t.early_stopping_patience:
-        # The best checkpoint can only be one that was evaluated.
-        rhythm |= {"save_strategy": rhythm["eval_strategy"], "save_steps": t.eval_steps or 500}
-        rhythm |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
-    elif t.save_steps:
-        rhythm |= {"save_strategy": "steps", "save_steps": t.save_steps}
-    else:
-        rhythm |= {"save_strategy": "no"}
-    return TrainingArguments(
-        output_dir=str(partial / runs.CHECKPOINTS),
-        num_train_epochs=t.num_epochs,
-        max_steps=t.max_steps or -1,
-        per_device_train_batch_size=t.batch_size,
-        per_device_eval_batch_size=t.batch_size,
-        gradient_accumulation_steps=t.gradient_accumulation_steps,
-        learning_rate=t.learning_rate,
-        lr_scheduler_type=t.lr_scheduler,
-        warmup_steps=t.warmup_steps,
-        weight_decay=t.weight_decay,
-        max_grad_norm=t.max_grad_norm,
-        optim=t.optimizer,
-        bf16=computes_bfloat16(spec),
-        seed=t.seed,
-        logging_steps=t.logging_steps,
-        save_total_limit=t.save_total_limit,
-        use_cpu=pick_device(spec.device).type == "cpu",
-        report_to=[name for name in t.report_to if name != "tensorboard"],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        label_names=["labels"],
-        **rhythm,
-    )
-
-
-def _history(trainer: Trainer) -> dict[str, float]:
-    """Return the last value of each loss that was logged."""
-    found: dict[str, float] = {}
-    for entry in trainer.state.log_history:
-        found |= {key: value for key, value in entry.items() if key in ("loss", "eval_loss", "train_loss")}
-    return found
-
-
-def _write_records(spec: TrainSpec, partial: Path, name: str, numbers: dict[str, Any]) -> None:
-    described = spec.model_dump(mode="json")
-    used = versions("torch", "transformers", "peft", "accelerate")
-    hashes = file_hashes([*map(Path, spec.data.train), *partial.glob("*.safetensors")])
-    record = {"spec": described, "versions": used, "sha256": hashes, **numbers}
-    write_text(partial / "training.json", json.dumps(record, indent=2) + "\n")
-    full = spec.adapter.method == "full"
-    what = "every weight" if full else f"{spec.adapter.method} {json.dumps(spec.adapter.fields)}"
-    write_card(
-        partial,
-        name,
-        f"Trained {what} on {', '.join(f'`{f}`' for f in spec.data.train)} for {numbers['steps']} steps;"
-        f" mean training loss {_text(numbers['train_loss'])}.",
-        tags=[spec.adapter.method],
-        base=[str(described["base"])],
-        spec=spec.model_dump(mode="json", exclude_defaults=True),
-        details=Table(("file", "sha256"), list(map(list, hashes.items()))).to_markdown(),
-        library="transformers" if full else "peft",
-    )
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if value is None:
-        return "-"
-    return human_count(value) if isinstance(value, int) and value >= 10000 else str(value)
+def _result(numbers: Mapping[str, Any], folder: Path) -> TrainResult:
+    numbers = {**numbers, "path": str(folder)}
+    rows = [[key.replace("_", " "), as_text(value)] for key, value in numbers.items() if not isinstance(value, dict)]
+    return TrainResult(numbers, [Table(("train", folder.name), rows)], folder)

@@ -14,6 +14,7 @@ from toolkit.adapters.config import peft_config
 from toolkit.adapters.spec import TrainSpec
 from toolkit.errors import Problem
 from toolkit.models.load import LoadedModel, init_model, load_model, pick_device
+from toolkit.models.modes import modes_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +30,7 @@ def trainee(spec: TrainSpec) -> Iterator[LoadedModel]:
     torch.manual_seed(spec.training.seed)
     device = pick_device(spec.device)
     if spec.initialize == "random":
-        loaded = init_model(spec.base, seed=spec.training.seed, device=device)
+        loaded = init_model(spec.base, seed=spec.training.seed, device=device, trust_remote_code=spec.trust_remote_code)
     else:
         dtype = torch.bfloat16 if computes_bfloat16(spec) and spec.adapter.method != "full" else torch.float32
         loaded = load_model(spec.base, device=device, dtype=dtype, trust_remote_code=spec.trust_remote_code)
@@ -57,8 +58,8 @@ def _adapted(spec: TrainSpec, loaded: LoadedModel) -> PeftModel:
         raise spec.error(found)
     try:
         adapted = get_peft_model(loaded.model, config)
-    except ValueError as error:
-        raise spec.error([Problem("adapter", " ".join(str(error).split()))]) from None
+    except (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise spec.error([Problem("adapter", f"PEFT refuses it: {' '.join(str(error).split())}")]) from error
     assert isinstance(adapted, PeftModel)
     return adapted
 
@@ -83,15 +84,18 @@ def save(spec: TrainSpec, loaded: LoadedModel, folder: Path) -> None:
 
 @contextmanager
 def _restored(model: PreTrainedModel) -> Iterator[None]:
-    """Put back what training changes besides weights: the cache setting, frozen parameters, the training mode."""
-    config, training = model.config, model.training
+    """Put back what training changes besides weights: cache setting, frozen parameters, checkpointing, modes."""
+    config = model.config
     had_cache, use_cache = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
     frozen = {name: value.requires_grad for name, value in model.named_parameters()}
+    recomputed = [(m, m.gradient_checkpointing) for m in model.modules() if hasattr(m, "gradient_checkpointing")]
     try:
-        yield
+        with modes_kept(model):
+            yield
     finally:
         if had_cache:
             config.use_cache = use_cache
-        model.train(training)
+        for module, on in recomputed:
+            module.gradient_checkpointing = on
         for name, value in model.named_parameters():
             value.requires_grad_(frozen.get(name, value.requires_grad))

@@ -16,7 +16,8 @@ class Collator:
     """Pads rows on the right.
 
     No attention mask is passed: padding stands after every real token, where a causal model never looks, and
-    continues the positions of the last document, so that transformers sees documents only where there are some.
+    continues the positions of the last document, so that transformers sees documents only where there are some. No
+    position of padding is past the longest document's, since the model may have no more.
 
     Args:
         pad: id of the padding token.
@@ -30,13 +31,14 @@ class Collator:
         import torch
 
         length = max(len(row.tokens) for row in rows)
+        longest = max(max(row.positions) for row in rows) + 1
         tokens, labels, positions = [], [], []
         for row in rows:
             missing = length - len(row.tokens)
             after = row.positions[-1] + 1
             tokens.append(row.tokens + [self.pad] * missing)
             labels.append(row.labels + [IGNORED] * missing)
-            positions.append([*row.positions, *range(after, after + missing)])
+            positions.append([*row.positions, *(p % longest for p in range(after, after + missing))])
         return {
             "input_ids": torch.tensor(tokens),
             "labels": torch.tensor(labels),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from toolkit.data.rows import FORMS, Row, messages
 from toolkit.data.tokenizer import Tokenizer
@@ -75,10 +75,11 @@ class Renderer:
 
     Args:
         tokenizer: of the model that is trained.
-        max_length: most tokens of an example.
+        max_length: most tokens of an example, if the model can take them.
         too_long: what to do with a longer row.
         empty: what to do with a row in which no token is trained.
         train_on_inputs: train prompts as well as answers.
+        context: most tokens that the model can take; by default any number.
     """
 
     def __init__(
@@ -89,8 +90,10 @@ class Renderer:
         empty: Policy = "error",
         *,
         train_on_inputs: bool = False,
+        context: int | None = None,
     ) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer = tokenizer
+        self.max_length, self.context = min(max_length, context or max_length), context
         self.too_long, self.empty = too_long, empty
         self.train_on_inputs = train_on_inputs
 
@@ -124,10 +127,7 @@ class Renderer:
         example = self.render(row)
         if len(example.tokens) > self.max_length:
             if self.too_long == "error":
-                raise DataError(
-                    f"{row.place}: {len(example.tokens)} tokens, but max_length is {self.max_length};"
-                    " raise it, or set data.too_long to truncate or skip"
-                )
+                raise DataError(f"{row.place}: {len(example.tokens)} tokens, but {self._limit()} truncate or skip")
             if self.too_long == "skip":
                 report.skipped.setdefault("too_long", []).append(row.place)
                 return None
@@ -140,6 +140,11 @@ class Renderer:
             return None
         return example
 
+    def _limit(self) -> str:
+        if self.max_length == self.context:
+            return f"the model takes at most {self.context}; shorten the row, or set data.too_long to"
+        return f"max_length is {self.max_length}; raise it, or set data.too_long to"
+
     def _chat(self, row: Row) -> Example:
         chat = messages(row)
         template = self.tokenizer.chat_template
@@ -150,17 +155,39 @@ class Renderer:
                 "the tokenizer's chat template has no {% generation %} block, so no token would be trained;"
                 " wrap the assistant's content in {% generation %} ... {% endgeneration %}"
             )
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=not self.train_on_inputs
+        if not self.train_on_inputs and not self.tokenizer.is_fast:
+            raise DataError(
+                "the tokenizer does not tell which characters a token stands for, so an assistant's tokens cannot be"
+                " found; use a fast tokenizer, or set data.train_on_inputs"
             )
+        try:
+            if self.train_on_inputs:
+                tokens = self.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+                return Example(tokens, list(tokens))
+            text, spans = self._rendered(chat)
         except Exception as error:  # jinja raises what the template raises
             raise DataError(f"{row.place}: the chat template refuses this row ({error})") from None
-        tokens = encoded["input_ids"]
-        if self.train_on_inputs:
-            return Example(tokens, list(tokens))
-        mask = encoded["assistant_masks"]
-        return Example(tokens, [t if m else IGNORED for t, m in zip(tokens, mask, strict=True)])
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        trained = (any(_covers(span, offset) for span in spans) for offset in offsets)
+        return Example(tokens, [t if yes else IGNORED for t, yes in zip(tokens, trained, strict=True)])
+
+    def _rendered(self, chat: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of a chat and the spans of it, in characters, that the assistant says.
+
+        transformers' own mask of tokens ends with the first token of a span's last character, which may have four,
+        and goes on to the end of the text where no token stands for that character.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered: Any = render_jinja_template(
+            conversations=[chat],
+            chat_template=self.tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        (text,), (spans,) = rendered
+        return text, spans
 
     def _completion(self, row: Row) -> Example:
         prompt, completion = row.data.get("prompt"), row.data.get("completion")
@@ -176,3 +203,9 @@ class Renderer:
     def _with_end(self, tokens: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
+
+
+def _covers(span: tuple[int, int], offset: tuple[int, int]) -> bool:
+    """Tell whether a token stands for characters of a span; of one whose blanks were cut off none are left."""
+    (start, stop), (first, last) = span, offset
+    return start < last and (first < stop or first == last == stop)

@@ -32,7 +32,8 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
 
     Raises:
         MissingError: no such file.
-        DataError: a line that is no JSON object, text that is not UTF-8, or a file without rows.
+        DataError: a line that is no JSON object of plain text and numbers, text that is not UTF-8, or a file
+            without rows.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
     return [row for file in files for row in _read_file(Path(file).expanduser())]
@@ -114,9 +115,24 @@ def _parse(line: bytes, place: str) -> Mapping[str, Any]:
         raise DataError(f"{place}: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except ValueError:  # Python's own limit of digits
+        raise DataError(f"{place}: a number of too many digits; write it as text") from None
+    except RecursionError:
+        raise DataError(f"{place}: nested too deeply") from None
     if not isinstance(data, dict):
         raise DataError(f"{place}: expected a JSON object, got {type(data).__name__}")
+    if b"\\u" in line and not _is_text(data):
+        raise DataError(f"{place}: half of a character (a lone surrogate, \\ud800 to \\udfff), which is no text")
     return data
+
+
+def _is_text(data: Mapping[str, Any]) -> bool:
+    """Tell whether every text of a row can be written; JSON can spell halves of characters, UTF-8 cannot."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _fields(row: Row) -> str:

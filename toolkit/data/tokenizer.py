@@ -15,6 +15,12 @@ class Tokenizer(Protocol):
     pad_token: Any
     eos_token: Any
     model_max_length: int
+    is_fast: bool
+    special_tokens_map: Mapping[str, Any]
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Return the ids of a text and what else the options ask for."""
+        ...
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of a text."""
@@ -26,6 +32,10 @@ class Tokenizer(Protocol):
 
     def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: Any) -> Any:
         """Render chat messages."""
+        ...
+
+    def get_chat_template(self) -> str:
+        """Return the chat template, the default one of several."""
         ...
 
     def save_pretrained(self, folder: Any) -> Any:

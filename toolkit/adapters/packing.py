@@ -1,0 +1,53 @@
+"""Find out whether a model keeps packed documents apart, which not every model of transformers does."""
+
+from __future__ import annotations
+
+import torch
+
+from toolkit.adapters.spec import TrainSpec
+from toolkit.data.collate import Collator
+from toolkit.data.pack import concatenate
+from toolkit.data.render import Example
+from toolkit.errors import Problem
+from toolkit.models.load import LoadedModel
+from toolkit.models.modes import evaluating
+
+LENGTH = 8
+"""Tokens of each document of the probe."""
+
+
+def check_packing(spec: TrainSpec, loaded: LoadedModel) -> None:
+    """Refuse to pack for a model that lets a document see the one before it.
+
+    Models that build their masks from `position_ids` keep documents apart. Others, such as OPT, Bloom and Mamba, take
+    a packed row for one long text and train on it without a word.
+
+    Raises:
+        SpecError: at `data.packing`.
+    """
+    if leak(loaded, min(spec.training.batch_size, 2)) > max(1e-3, 2 * torch.finfo(loaded.model.dtype).eps):
+        message = "the model does not keep packed documents apart; set it to false"
+        raise spec.error([Problem("data.packing", message)])
+
+
+def leak(loaded: LoadedModel, batch: int) -> float:
+    """Return how far a document's logits change with the document before it, over the spread of its logits.
+
+    Both forward passes have the same shape, so that rounding cannot tell them apart.
+
+    Args:
+        loaded: the model.
+        batch: equal rows in each forward pass; some attention kernels know packed rows only when they are alone.
+    """
+    size = loaded.model.config.get_text_config().vocab_size
+    first, other, second = (
+        Example(ids, ids) for ids in ([(start + i) * 37 % size for i in range(LENGTH)] for start in (0, LENGTH, 99))
+    )
+    collate = Collator(int(loaded.tokenizer.pad_token_id or 0))
+    logits = []
+    with torch.inference_mode(), evaluating(loaded.model):
+        for before in (first, other):
+            rows = collate([concatenate([before, second])] * batch)
+            inputs = {name: rows[name].to(loaded.model.device) for name in ("input_ids", "position_ids")}
+            logits.append(loaded.model(**inputs, use_cache=False).logits[:, LENGTH:].float())
+    return float((logits[0] - logits[1]).square().mean().sqrt() / logits[0].std())
