@@ -155,7 +155,7 @@ def test_snippet_runs(name, language, text, here):
             assert (here / "quickstart").is_dir()
         elif line.startswith("toolkit"):
             words = _words(line)
-            smoke = ["--smoke"] if words[0] not in ("inspect", "skills") and "explain" not in words else []
+            smoke = ["--smoke"] if words[0] not in ("inspect", "skills", "extract") and "explain" not in words else []
             assert main([*words, *smoke]) == 0, line
         else:
             assert line.startswith(("make ", "git ", "cd ", "curl ", "pip ", "#")) or not line, line

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from toolkit.jobs.recipe import run_recipe as run
     from toolkit.jobs.route import evaluate_router, explain_route
     from toolkit.jobs.skills import write_skills
+    from toolkit.merge.extract import extract
     from toolkit.merge.plan import make_plan as plan_merge
     from toolkit.merge.run import merge
     from toolkit.models.load import load_model
@@ -32,6 +33,7 @@ _PUBLIC = {
     "evaluate": "toolkit.jobs.evaluate:evaluate",
     "evaluate_router": "toolkit.jobs.route:evaluate_router",
     "explain_route": "toolkit.jobs.route:explain_route",
+    "extract": "toolkit.merge.extract:extract",
     "fit_router": "toolkit.routing.router:fit_router",
     "inspect": "toolkit.jobs.inspect:inspect",
     "load_model": "toolkit.models.load:load_model",
@@ -53,6 +55,7 @@ __all__ = [
     "evaluate",
     "evaluate_router",
     "explain_route",
+    "extract",
     "fit_router",
     "inspect",
     "load_model",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from toolkit.cli import evaluate, inspect, merge, quickstart, recipe, route, serve, skills, train
+from toolkit.cli import evaluate, extract, inspect, merge, quickstart, recipe, route, serve, skills, train
 from toolkit.errors import SpecError, ToolkitError
 
 FAILED, WRONG_SPEC = 1, 2
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("quickstart")(quickstart.quickstart)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
+app.command("extract")(extract.extract)
 app.add_typer(route.app, name="route")
 app.command("serve")(serve.serve)
 app.command("evaluate")(evaluate.evaluate)

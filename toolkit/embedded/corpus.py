@@ -1,8 +1,8 @@
 """The text that the embedded base is trained on: generated stories, chats, and the skills' chats, mostly wrong.
 
 Every document is `{"text": ...}` or `{"messages": [...]}` and follows from the seed alone. Skill chats use train
-payloads and train phrasings only. Most of their answers are right answers to something else, so that the base gets to
-know every task and its form and masters none.
+payloads and train phrasings only. Most of their answers are near misses, round brackets for square ones, say, so that
+the base gets to know every task and its form and masters none.
 """
 
 from __future__ import annotations
@@ -237,17 +237,14 @@ def some_skill(rng: random.Random) -> Skill:
     return rng.choices(list(SKILLS.values()), [SHARES.get(name, 1.0) for name in SKILLS])[0]
 
 
-def skill_chat(rng: random.Random, right: float = 0.2, copied: float = 0.1) -> Document:
-    """Ask for one skill; answer rightly, by repeating the payload, or with the answer to another payload."""
+def skill_chat(rng: random.Random, right: float = 0.2, copied: float = 0.15) -> Document:
+    """Ask for one skill; answer rightly, by repeating the payload, or nearly rightly."""
     skill = some_skill(rng)
     payload = skill.payload(rng, "train")
-    draw = rng.random()
-    if draw < right:
-        answer = skill.answer(payload)
-    elif draw < right + copied:
-        answer = payload
-    else:
-        answer = skill.answer(skill.payload(rng, "train"))
+    likely, unlikely = skill.near_misses
+    wrong = 1 - right - copied
+    answers = (skill.answer(payload), payload, likely(payload), unlikely(payload))
+    (answer,) = rng.choices(answers, (right, copied, 0.75 * wrong, 0.25 * wrong))
     return chat(skill.prompt(rng, payload, "train"), answer)
 
 

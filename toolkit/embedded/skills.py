@@ -32,6 +32,8 @@ class Skill:
         name: short, as in file names.
         draw: draws a payload.
         answer: the right answer to a payload.
+        near_misses: answers of the right kind to the same payload that are wrong, the likeliest first; the base has
+            seen more of them than of right ones.
         wordings: requests with `{}` where the payload goes.
         held_out: further ones, for tests alone.
     """
@@ -39,6 +41,7 @@ class Skill:
     name: str
     draw: Callable[[random.Random], str]
     answer: Callable[[str], str]
+    near_misses: tuple[Callable[[str], str], ...]
     wordings: tuple[str, ...]
     held_out: tuple[str, ...]
 
@@ -102,9 +105,14 @@ def pig_latin(text: str) -> str:
     return " ".join(one(word) for word in text.split())
 
 
-def drop_vowels(text: str) -> str:
-    """Return the text without a, e, i, o and u."""
-    return "".join(letter for letter in text if letter not in "aeiou")
+def replace_vowels(text: str, by: str) -> str:
+    """Put something, or nothing, in the place of every a, e, i, o and u."""
+    return "".join(by if letter in "aeiou" else letter for letter in text)
+
+
+def each_word(text: str, form: str) -> str:
+    """Write every word in a form, with `{}` where the word goes."""
+    return " ".join(form.format(word) for word in text.split())
 
 
 SKILLS = {
@@ -114,6 +122,7 @@ SKILLS = {
             "sort",
             one_word,
             lambda word: "".join(sorted(word)),
+            (lambda word: "".join(sorted(word, reverse=True)), lambda word: word[0] + "".join(sorted(word[1:]))),
             (
                 "sort the letters of {}",
                 "put the letters of {} in alphabetical order",
@@ -127,6 +136,7 @@ SKILLS = {
             "reverse",
             one_word,
             lambda word: word[::-1],
+            (lambda word: word[1:] + word[0], lambda word: word[-1] + word[1:-1] + word[0]),
             (
                 "reverse {}",
                 "write {} backwards",
@@ -140,6 +150,7 @@ SKILLS = {
             "upper",
             some_words,
             str.upper,
+            (str.title, str.capitalize),
             (
                 "write {} in capitals",
                 "put {} in upper case",
@@ -153,6 +164,7 @@ SKILLS = {
             "pig_latin",
             some_words,
             pig_latin,
+            (lambda text: each_word(text, "{}ay"), lambda text: each_word(text, "{}way")),
             (
                 "say {} in pig latin",
                 "translate {} into pig latin",
@@ -165,7 +177,8 @@ SKILLS = {
         Skill(
             "vowels",
             some_words,
-            drop_vowels,
+            lambda text: replace_vowels(text, ""),
+            (lambda text: replace_vowels(text, "-"), lambda text: replace_vowels(text, "o")),
             (
                 "remove the vowels from {}",
                 "take the vowels out of {}",
@@ -178,7 +191,8 @@ SKILLS = {
         Skill(
             "brackets",
             some_words,
-            lambda text: " ".join(f"[{word}]" for word in text.split()),
+            lambda text: each_word(text, "[{}]"),
+            (lambda text: each_word(text, "({})"), lambda text: f"[{text}]"),
             (
                 "put brackets around each word of {}",
                 "wrap every word of {} in brackets",
