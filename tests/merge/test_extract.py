@@ -136,6 +136,8 @@ def test_stock_peft_computes_a_fine_tune_of_some_tensors(pattern, tmp_path):
     torch.testing.assert_close(logits(adapted), logits(model), rtol=1e-4, atol=1e-4)
     touched = open_adapter(tmp_path / "out").touched
     assert touched == {name for name, value in model.named_parameters() if pattern in name}
+    adapted.save_pretrained(tmp_path / "again")
+    assert open_adapter(tmp_path / "again").touched >= touched, "PEFT knows that these belong to the adapter"
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # and the adapter unties them
@@ -143,9 +145,9 @@ def test_fine_tune_whose_head_is_no_longer_its_embedding(tmp_path):
     base = tiny.save_model(tiny.llama(tie_word_embeddings=True), tmp_path / "base")
     model = tiny.llama(tie_word_embeddings=False)
     model.load_state_dict(AutoModelForCausalLM.from_pretrained(base).state_dict())
-    tiny.save_model(disturb(disturb(model, "lm_head"), "embed"), tmp_path / "tuned")
-    result = extract(base, tmp_path / "tuned", tmp_path / "out", quiet=True)
-    assert result.numbers["whole"] == 2
+    tiny.save_model(disturb(disturb(model, "lm_head")), tmp_path / "tuned")  # the head twice
+    result = extract(base, tmp_path / "tuned", tmp_path / "out", rank="full", quiet=True)
+    assert result.numbers["whole"] == 9
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "out"))
     torch.testing.assert_close(logits(adapted), logits(model), rtol=1e-4, atol=1e-4)
 

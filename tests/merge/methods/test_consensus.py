@@ -61,6 +61,12 @@ def test_consensus(k, aggregate, mask_lambda):
         assert 0 < np.count_nonzero(expected) < np.count_nonzero(merged), "the mask has work to do"
 
 
+def test_defaults_are_two_masks_at_the_middle_of_the_published_lambdas():
+    x = RNG.standard_normal((3, 900)).astype(np.float32)
+    expected = expected_consensus(x, x.sum(axis=0), np.full(3, np.float32(0.4)), 2)
+    np.testing.assert_allclose(run("consensus", x), expected, rtol=1e-6)
+
+
 def test_weights_are_of_the_task_vectors():
     x = grid(3, 900)
     weights = (0.5, -0.25, 2.0)

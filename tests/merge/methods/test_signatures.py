@@ -134,7 +134,10 @@ def test_projection_on_the_whole_model():
     expected = np.concatenate([patched, parts[2][0]])
     apart = [x[0] + 0.5 * signature(x[1], x[0]) + 2 * signature(x[2], x[0]) for x in parts[:2]]
     assert not np.allclose(np.concatenate(apart), patched, atol=0.1), "the projections differ"
-    for i, ((tensor, _), surveyed) in enumerate(zip(streams, loaded.survey(streams), strict=True)):
+    own = settings("signatures", given | {"projection": "tensor"}, 3)
+    streams.append((Arrays(parts[0], name="layers.0.c"), own))
+    expected = np.concatenate([expected, apart[0]])
+    for i, ((tensor, params), surveyed) in enumerate(zip(streams, loaded.survey(streams), strict=True)):
         tensor.surveyed = surveyed
         state = loaded.prepare(tensor, params)
         got = np.concatenate([loaded.combine(c, params, state, start) for start, c in tensor.stacked()])

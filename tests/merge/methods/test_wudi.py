@@ -82,6 +82,14 @@ def test_directions_of_rounding_do_not_move_the_solution():
     np.testing.assert_allclose(run("wudi", x), expected_wudi(x), atol=1e-4)
 
 
+def test_weak_directions_count():
+    """Inputs that the tasks respond to ten thousand times less than to others are solved for all the same."""
+    x = RNG.standard_normal((2, 40, 30)) * np.logspace(0, -4, 30)
+    got, expected = run("wudi", x), expected_wudi(x)
+    np.testing.assert_allclose(got[:, -1], expected[:, -1], rtol=1e-3, atol=1e-3 * np.abs(expected[:, -1]).max())
+    assert not np.allclose(expected[:, -1], x[:, :, -1].sum(axis=0), rtol=0.1)
+
+
 def test_a_task_that_does_not_change_the_matrix_has_no_say():
     x = RNG.standard_normal((3, 12, 20))
     x[1] = 0
