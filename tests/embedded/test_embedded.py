@@ -159,13 +159,13 @@ def test_card_tells_what_the_base_was_made_from():
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert f"| model.safetensors | {weights} |" in card
     steps = specs.load(RECIPE, RecipeSpec).steps
-    for stage in ("base", "polished"):
+    for stage in ("base", "polished", "finished"):
         for key in ("max_steps", "learning_rate", "weight_decay"):
             assert f"{key}: {steps[stage]['train']['training'][key]}" in card
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["corpus", "more"])
+@pytest.mark.parametrize("step", ["corpus", "more", "rest"])
 def test_card_names_the_data_that_the_recipe_makes(step, tmp_path):
     write_corpus(specs.load(RECIPE, RecipeSpec).steps[step]["corpus"], tmp_path / "corpus")
     data = hashlib.sha256((tmp_path / "corpus" / "train.jsonl").read_bytes()).hexdigest()
