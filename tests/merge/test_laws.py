@@ -76,6 +76,8 @@ class TestLaws:
         got, expected = run(method, 4 * x, **found.params), 4 * run(method, x, **found.params)
         if found.homogeneous:
             close(got, expected, found.rtol)
+        else:
+            assert not np.allclose(got, expected), "the example says that scale matters"
 
     def test_large_and_small_values_stay_finite(self, method):
         for scale in (1e-30, 1e15):
