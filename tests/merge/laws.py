@@ -55,15 +55,9 @@ class Arrays:
         self.num_models, self.count = x.shape[0], int(np.prod(self.shape))
         self.is_delta = True
 
-    def ranges(self, every: int = 1) -> Iterator[tuple[int, int]]:
-        yield from list(chunks(self.shape, whole_rows=self.scope == "row"))[::every]
-
-    def of_model(self, index: int, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-        for start, stop in self.ranges(every):
-            yield start, self.x[index].reshape(-1)[start:stop].copy()
-
-    def stacked(self, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-        for start, stop in self.ranges(every):
+    def stacked(self, every: int = 1, begin: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        ranges = [r for r in chunks(self.shape, whole_rows=self.scope == "row") if r[1] > begin]
+        for start, stop in ranges[::every]:
             yield start, self.x.reshape(self.num_models, -1)[:, start:stop].copy()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -108,7 +109,9 @@ class Changes:
 
     def slices_of(self, name: str, task: str) -> Iterator[tuple[int, Floats]]:
         """Yield `(start, [N])`, the change of one fine-tune, likewise."""
-        yield from Stream(self.jobs[name], self.plan.method, self._scratch).of_model(self.tasks.index(task))
+        job, index = self.jobs[name], self.tasks.index(task)
+        alone = replace(job, sources=(job.sources[index],))
+        yield from ((start, x[0]) for start, x in Stream(alone, self.plan.method, self._scratch).stacked())
 
     def matrix(self, name: str, task: str) -> Floats:
         """Return the whole change of one fine-tune, float32, in the tensor's shape."""

@@ -75,12 +75,8 @@ class TensorStream(Protocol):
     is_delta: bool
     surveyed: Any
 
-    def of_model(self, index: int, every: int = 1) -> Iterator[tuple[int, Floats]]:
-        """Yield `(start, [N])` for one input, its deltas or its weights, of each `every`-th slice."""
-        ...
-
-    def stacked(self, every: int = 1) -> Iterator[tuple[int, Floats]]:
-        """Yield `(start, [M, N])` for all inputs, of each `every`-th slice."""
+    def stacked(self, every: int = 1, begin: int = 0) -> Iterator[tuple[int, Floats]]:
+        """Yield `(start, [M, N])` for all inputs, of each `every`-th slice from the one at `begin` on."""
         ...
 
 

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations_with_replacement
-from math import sqrt
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.checkpoints.deltas import CHUNK
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import TensorStream
 
-_SAMPLE = 1 << 16
-"""Magnitudes from which the place of a cut is guessed."""
-
-_SAMPLED_CHUNKS = 64
-"""Chunks, spread over a tensor, that the sample is taken from."""
-
-
-Reader = Callable[[int], Iterator[tuple[int, Floats]]]
-"""Reads a vector of any length anew each time: `read(every)` yields `(start, [N])` for each `every`-th slice of it."""
-
-
-def reader(tensor: TensorStream, model: int) -> Reader:
-    """Return the reader of one input of a tensor."""
-    return lambda every: tensor.of_model(model, every)
+Drop = Callable[[Floats, int], None]
+"""Zeroes what is not kept of a slice `[N]` that begins at a flat index."""
 
 
 def weighted_sum(x: Floats, weights: Sequence[float]) -> Floats:
@@ -46,8 +31,19 @@ def gram(tensor: TensorStream) -> NDArray[np.float64]:
     for _, x in tensor.stacked():
         wide = x.astype(np.float64)
         for i, j in combinations_with_replacement(range(len(wide)), 2):
-            total[i, j] += wide[i] @ wide[j]  # a product of the matrix with itself takes four times as long
+            total[i, j] += inner(wide[i], wide[j])
     return np.triu(total) + np.triu(total, 1).T
+
+
+_INNER = 4096
+"""Elements of a product that are summed by one call; BLAS would wake its threads for many more."""
+
+
+def inner(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Return the inner product of two float64 vectors, on one thread."""
+    whole = len(a) // _INNER * _INNER
+    blocks = np.vecdot(a[:whole].reshape(-1, _INNER), b[:whole].reshape(-1, _INNER))
+    return float(blocks.sum() + a[whole:] @ b[whole:])
 
 
 def agree_on_signs(
@@ -75,143 +71,59 @@ def agree_on_signs(
         np.multiply(row, np.float32(weight), out=row)
     if votes is None:
         votes = x.sum(axis=0)
-    # Adding 0 turns -0 into 0, whose sign is plus.
-    sign = np.copysign(np.float32(1), votes + np.float32(0))
+    np.add(votes, np.float32(0), out=votes)  # turns -0 into 0, whose sign is plus
+    flip = np.bitwise_and(votes.view(np.uint32), _SIGN)
     if zero < 0:
-        np.copyto(sign, np.float32(-1), where=votes == 0)
-    merged, total = np.zeros_like(sign), np.zeros_like(sign)
-    for row, weight in zip(x, weights, strict=True):
-        agreeing = np.multiply(row, sign, out=row)
-        np.maximum(agreeing, 0, out=agreeing)
-        np.add(merged, agreeing, out=merged)
+        np.copyto(flip, _SIGN, where=votes == 0)
+    counts: dict[float, NDArray[np.integer]] = {}
+    merged = x[0]
+    for i, (row, weight) in enumerate(zip(x, weights, strict=True)):
+        np.bitwise_xor(row.view(np.uint32), flip, out=row.view(np.uint32))
+        np.maximum(row, 0, out=row)
         if divisor != "none":
-            share = np.float32(weight if divisor == "weights" else 1)
-            np.add(total, np.multiply(agreeing != 0, share), out=total)
+            share = weight if divisor == "weights" else 1.0
+            count = counts.setdefault(share, np.zeros(len(row), np.min_scalar_type(len(x))))
+            np.add(count, row != 0, out=count)
+        if i:
+            np.add(merged, row, out=merged)
     if divisor != "none":
-        np.divide(merged, total + (total == 0), out=merged)
-    return np.multiply(merged, sign, out=merged)
+        np.divide(merged, _total(counts), out=merged)
+    np.bitwise_xor(merged.view(np.uint32), flip, out=merged.view(np.uint32))
+    return merged
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Which elements of a tensor are its largest by magnitude: exactly the wanted number.
-
-    Attributes:
-        threshold: magnitude, as the bits of a float32, above which everything is kept.
-        last: of the elements at the threshold, those up to this flat index are kept.
-    """
-
-    threshold: int
-    last: int
-
-    def drop(self, x: Floats, start: int) -> None:
-        """Zero what is not kept in a chunk `x` `[N]` that begins at flat index `start`."""
-        bits = _magnitude_bits(x)
-        split = min(max(self.last + 1 - start, 0), len(x))
-        # Multiplying by a mask takes the same time for any mask; assigning through one mispredicts branches.
-        np.multiply(x[:split], bits[:split] >= self.threshold, out=x[:split])
-        np.multiply(x[split:], bits[split:] > self.threshold, out=x[split:])
+_SIGN = np.uint32(1 << 31)
 
 
-def largest(read: Reader, count: int, keep: int) -> Cut:
-    """Find the `keep` elements of largest magnitude among `count`; among equals the first ones.
-
-    Exact, in memory that does not grow with the vector. A sample brackets the threshold, one pass counts what is
-    above and collects what is inside; when the bracket misses, or holds too many equal values, two histogram passes
-    over the bits of the magnitudes find it.
-    """
-    if keep >= count:
-        return Cut(0, count)
-    if keep <= 0:
-        return Cut(1 << 31, -1)
-    low, high = _bracket(read, count, keep)
-    return _cut_inside(read, count, keep, low, high) or _cut_by_histogram(read, keep)
+def _total(counts: Mapping[float, NDArray[np.integer]]) -> Floats:
+    """Return the sum of `weight * count` over the weights, and 1 where it is 0, as where no model agrees."""
+    if len(counts) == 1 and 0 not in counts:
+        ((weight, count),) = counts.items()
+        return np.multiply(np.maximum(count, 1, out=count), np.float32(weight), dtype=np.float32)
+    total = sum((np.multiply(count, np.float32(w), dtype=np.float32) for w, count in counts.items()), np.float32(0))
+    return np.add(total, total == 0, dtype=np.float32)
 
 
-def _magnitude_bits(x: Floats) -> NDArray[np.uint32]:
-    """Return the bits of `|x|`, which order as the magnitudes do."""
-    return np.bitwise_and(x.view(np.uint32), np.uint32(0x7FFFFFFF))
-
-
-def _bracket(read: Reader, count: int, keep: int) -> tuple[int, int]:
-    """Guess from a sample two magnitudes between which the cut lies."""
-    every = max(1, count // (_SAMPLED_CHUNKS * CHUNK))
-    stride = max(1, count // (every * _SAMPLE))
-    sample = np.concatenate([_magnitude_bits(x[::stride]) for _, x in read(every)])
-    size = len(sample)
-    above = keep / count * size
-    # Six standard deviations; nothing where the sample is the vector itself.
-    margin = 6 * sqrt(above * (1 - keep / count)) + 16 if every * stride > 1 else 0
-    order = [max(0, int(size - above - margin) - 1), min(size - 1, int(size - above + margin) + 1)]
-    low, high = np.partition(sample, order)[order]
-    return int(low), int(high)
-
-
-def _cut_inside(read: Reader, count: int, keep: int, low: int, high: int) -> Cut | None:
-    """Find the cut if it lies in `low..high` and few enough elements do, else `None`."""
-    above, room = 0, max(1 << 20, count // 64)
-    values: list[NDArray[np.uint32]] = []
-    places: list[NDArray[np.intp]] = []
-    for start, x in read(1):
-        bits = _magnitude_bits(x)
-        above += int(np.count_nonzero(bits > high))
-        inside = np.flatnonzero((bits >= low) & (bits <= high))
-        room -= len(inside)
-        if room < 0 or above >= keep:
-            return None
-        values.append(bits[inside])
-        places.append(inside + start)
-    found, where = np.concatenate(values), np.concatenate(places)
-    wanted = keep - above
-    if wanted > len(found):
-        return None
-    threshold = np.partition(found, len(found) - wanted)[len(found) - wanted]
-    ties = where[found == threshold]
-    return Cut(int(threshold), int(ties[wanted - np.count_nonzero(found > threshold) - 1]))
-
-
-def _cut_by_histogram(read: Reader, keep: int) -> Cut:
-    """Find the cut by counting the upper 16 bits of all magnitudes, then the lower 15 of one bin."""
-    upper = np.zeros(1 << 16, np.int64)
-    for _, x in read(1):
-        upper += np.bincount(_magnitude_bits(x) >> 15, minlength=1 << 16)
-    bin_, above = _bin_of(upper, keep)
-    lower = np.zeros(1 << 15, np.int64)
-    for _, x in read(1):
-        bits = _magnitude_bits(x)
-        lower += np.bincount(bits[bits >> 15 == bin_] & 0x7FFF, minlength=1 << 15)
-    low, above_too = _bin_of(lower, keep - above)
-    threshold, wanted = bin_ << 15 | low, keep - above - above_too
-    for start, x in read(1):
-        ties = np.flatnonzero(_magnitude_bits(x) == threshold)
-        if wanted <= len(ties):
-            return Cut(threshold, start + int(ties[wanted - 1]))
-        wanted -= len(ties)
-    raise AssertionError("the histogram counted elements that are not there")
-
-
-def _bin_of(counts: NDArray[np.int64], keep: int) -> tuple[int, int]:
-    """Return the bin that holds the `keep`-th largest, and how many are in the bins above it."""
-    from_top = np.cumsum(counts[::-1])
-    position = int(np.searchsorted(from_top, keep))
-    return len(counts) - 1 - position, int(from_top[position] - counts[::-1][position])
-
-
-def norm_ratio(tensor: TensorStream, model: int, drop: Callable[[Floats, int], None]) -> float:
-    """Return the L1 norm of one input of a tensor over that of what `drop` keeps of it; 1 where nothing is kept.
+def norm_ratios(tensor: TensorStream, drops: Sequence[Drop | None]) -> list[float]:
+    """Return the L1 norm of each input of a tensor over that of what its `drop` keeps of it.
 
     Args:
         tensor: read once.
-        model: which input.
-        drop: called with the magnitudes of each slice `[N]` and its start, zeroes what is not kept.
+        drops: of each input; called with the magnitudes of each slice `[N]` and its start, zeroes what is not kept.
+
+    Returns:
+        The ratios; 1 where nothing is kept, and where `drops` holds `None`.
     """
-    before = after = 0.0
-    for start, x in tensor.of_model(model):
-        np.abs(x, out=x)
-        before += float(x.sum(dtype=np.float64))
-        drop(x, start)
-        after += float(x.sum(dtype=np.float64))
-    return min(before / after, float(np.finfo(np.float32).max)) if after else 1.0
+    before, after = [0.0] * len(drops), [0.0] * len(drops)
+    for start, x in tensor.stacked() if any(drops) else ():
+        for i, (row, drop) in enumerate(zip(x, drops, strict=True)):
+            if drop:
+                np.abs(row, out=row)
+                before[i] += float(row.sum(dtype=np.float64))
+                drop(row, start)
+                after[i] += float(row.sum(dtype=np.float64))
+    most = float(np.finfo(np.float32).max)
+    return [min(a / b, most) if b else 1.0 for a, b in zip(before, after, strict=True)]
 
 
 def cosines(products: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -227,30 +139,6 @@ def cosines(products: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray
     inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
     found = products * inverse[..., :, None] * inverse[..., None, :]
     return norms, np.clip(found, -1.0, 1.0, out=found)
-
-
-def order_statistics(read: Reader, ranks: Sequence[int]) -> list[float]:
-    """Return the elements at `ranks` of a vector in ascending order; none of its elements is negative.
-
-    Exact, in two passes and in memory that does not grow with the vector: one counts the upper 16 bits of all
-    elements, the other the lower 15 bits of those in the bins that hold a rank.
-    """
-    upper = np.zeros(1 << 16, np.int64)
-    for _, x in read(1):
-        upper += np.bincount(_magnitude_bits(x) >> 15, minlength=1 << 16)
-    upto = np.cumsum(upper)
-    bins = [int(np.searchsorted(upto, rank, side="right")) for rank in ranks]
-    lower = {bin_: np.zeros(1 << 15, np.int64) for bin_ in bins}
-    for _, x in read(1):
-        bits = _magnitude_bits(x)
-        tops = bits >> 15
-        for bin_, counts in lower.items():
-            counts += np.bincount(bits[tops == bin_] & 0x7FFF, minlength=1 << 15)
-    found: list[int] = []
-    for rank, bin_ in zip(ranks, bins, strict=True):
-        below = int(upto[bin_] - upper[bin_])
-        found.append(bin_ << 15 | int(np.searchsorted(np.cumsum(lower[bin_]), rank - below, side="right")))
-    return np.array(found, np.uint32).view(np.float32).tolist()
 
 
 def merge_matrices(

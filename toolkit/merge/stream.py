@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from functools import cache
+from itertools import dropwhile, islice
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ class Scratch:
     """Buffers of one thread, kept from tensor to tensor: a slice of the base and one of every model."""
 
     def __init__(self) -> None:
+        _keep_freed_memory()
         self._base = np.empty(CHUNK, np.float32)
         self._stack = np.empty(0, np.float32)
 
@@ -39,6 +41,15 @@ class Scratch:
     def shrink(self) -> None:
         """Give back what a large tensor needed."""
         self.__init__()
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next slice, by freeing once what is larger than any of a slice's arrays.
+
+    Otherwise each of them comes from the system anew, page by page, zeroed.
+    """
+    np.empty(64 * CHUNK, np.uint8)
 
 
 class Stream:
@@ -61,16 +72,10 @@ class Stream:
         """Yield the slices that the tensor is read in."""
         return chunks(self.shape, whole_rows=self.method.scope == "row")
 
-    def of_model(self, index: int, every: int = 1) -> Iterator[tuple[int, Floats]]:
-        """Yield `(start, [N])` for one input, of each `every`-th slice."""
-        for start, stop in islice(self.ranges(), 0, None, every):
-            out = self.scratch.stack(1, stop - start)[0]
-            self._read(index, start, stop, self._read_base(start, stop), out)
-            yield start, out
-
-    def stacked(self, every: int = 1) -> Iterator[tuple[int, Floats]]:
-        """Yield `(start, [M, N])` for all inputs, of each `every`-th slice."""
-        for start, stop in islice(self.ranges(), 0, None, every):
+    def stacked(self, every: int = 1, begin: int = 0) -> Iterator[tuple[int, Floats]]:
+        """Yield `(start, [M, N])` for all inputs, of each `every`-th slice from the one at `begin` on."""
+        ranges = dropwhile(lambda slice_: slice_[1] <= begin, self.ranges()) if begin else self.ranges()
+        for start, stop in islice(ranges, 0, None, every):
             x = self.scratch.stack(self.num_models, stop - start)
             self._read_all(start, stop, x)
             yield start, x

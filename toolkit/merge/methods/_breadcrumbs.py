@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -10,7 +10,8 @@ from pydantic import Field
 
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
-from toolkit.merge.ops import Cut, largest, norm_ratio, reader
+from toolkit.merge.ops import norm_ratios
+from toolkit.merge.selection import NONE, Cut, largest
 
 
 class BreadcrumbsParams(MethodParams):
@@ -45,7 +46,7 @@ class Band:
     def drop(self, x: Floats, start: int) -> None:
         """Zero what is not kept in a slice `x` `[N]` that begins at flat index `start`."""
         self.inside.drop(x, start)
-        if self.top.last < 0:
+        if self.top == NONE:
             return
         largest_ones = x.copy()
         self.top.drop(largest_ones, start)
@@ -60,14 +61,12 @@ class Band:
 
 def bands(tensor: TensorStream, params: BreadcrumbsParams) -> list[Band]:
     """Find what each model keeps: two exact cuts."""
-    return [_band(tensor, params, i) for i in range(tensor.num_models)]
-
-
-def _band(tensor: TensorStream, params: BreadcrumbsParams, model: int) -> Band:
-    read, count = reader(tensor, model), tensor.count
-    kept = max(1, int(params.density[model] * count))
-    dropped = min(int(params.gamma[model] * count), count - kept)
-    band = Band(largest(read, count, dropped), largest(read, count, dropped + kept))
-    if not params.rescale or kept == count:
-        return band
-    return Band(band.top, band.inside, norm_ratio(tensor, model, band.drop))
+    count = tensor.count
+    kept = [max(1, int(density * count)) for density in params.density]
+    dropped = [min(int(gamma * count), count - k) for gamma, k in zip(params.gamma, kept, strict=True)]
+    cuts = largest(tensor.stacked, count, [[d, d + k] for d, k in zip(dropped, kept, strict=True)])
+    found = [Band(top, inside) for top, inside in cuts]
+    if not params.rescale:
+        return found
+    factors = norm_ratios(tensor, [None if k == count else b.drop for b, k in zip(found, kept, strict=True)])
+    return [replace(band, factor=factor) for band, factor in zip(found, factors, strict=True)]

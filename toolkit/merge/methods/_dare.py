@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
-from toolkit.merge.ops import norm_ratio
+from toolkit.merge.ops import norm_ratios
 from toolkit.merge.random import Draws
 
 
@@ -55,12 +55,9 @@ class RandomMask:
 def masks(tensor: TensorStream, params: DareParams) -> list[RandomMask]:
     """Return the mask of each model; keeping a norm takes a pass over the tensor."""
     found = [RandomMask(Draws(params.seed, tensor.name, i), density) for i, density in enumerate(params.density)]
-    return [RandomMask(mask.draws, mask.density, _factor(tensor, params, mask)) for mask in found]
-
-
-def _factor(tensor: TensorStream, params: DareParams, mask: RandomMask) -> float:
-    if not params.rescale or mask.density == 1:
-        return 1.0
+    if not params.rescale:
+        return found
     if params.rescale_by == "density":
-        return 1 / mask.density
-    return norm_ratio(tensor, mask.draws.model, mask.drop)
+        return [replace(mask, factor=1 / mask.density) for mask in found]
+    factors = norm_ratios(tensor, [None if mask.density == 1 else mask.drop for mask in found])
+    return [replace(mask, factor=factor) for mask, factor in zip(found, factors, strict=True)]

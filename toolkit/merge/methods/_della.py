@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import Annotated, Literal
 
@@ -14,8 +15,9 @@ from pydantic import Field, model_validator
 from toolkit.checkpoints.deltas import CHUNK
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
-from toolkit.merge.ops import norm_ratio
+from toolkit.merge.ops import norm_ratios
 from toolkit.merge.random import Draws
+from toolkit.merge.selection import magnitude_bits
 
 _NARROWEST = 1e-9
 """A window of probabilities narrower than this is as good as none."""
@@ -137,7 +139,7 @@ class RankedMask:
         if x.shape[1] == 1:
             return self.draws.below(self.density, start, start + x.size)[:, None]
         work = _SCRATCH.arrays(x.shape)
-        np.copyto(work.ordered, _magnitude_bits(x, work.bits))
+        np.copyto(work.ordered, magnitude_bits(x, work.bits))
         work.ordered.sort(axis=1)
         self.draws.bits(start, start + x.size, work.words.reshape(-1))
         return work.bits >= self._wanted(work)
@@ -168,7 +170,7 @@ class RankedMask:
         if width == 1:
             return np.full(x.shape, self.density, np.float32)
         # Behind the number of their row, sorted rows are one sorted vector.
-        keys = (np.arange(rows, dtype=np.uint64)[:, None] << np.uint64(32)) + _magnitude_bits(x)
+        keys = (np.arange(rows, dtype=np.uint64)[:, None] << np.uint64(32)) + magnitude_bits(x)
         whole = np.sort(keys, axis=1).reshape(-1)
         first, last = np.searchsorted(whole, keys, "left"), np.searchsorted(whole, keys, "right") - 1
         rank = (first + last) / 2 - np.arange(rows)[:, None] * width
@@ -183,7 +185,19 @@ def masks(tensor: TensorStream, params: DellaParams) -> list[RankedMask]:
         RankedMask(Draws(params.seed, tensor.name, i), density, epsilon)
         for i, (density, epsilon) in enumerate(zip(params.density, params.epsilon, strict=True))
     ]
-    return [replace(mask, factor=_factor(tensor, params, mask)) for mask in found]
+    if not params.rescale:
+        return found
+    if params.rescale_by == "probability":
+        return [mask if mask.density == 1 else replace(mask, factor=None) for mask in found]
+    remember = tensor.count * tensor.num_models <= _REMEMBERED
+    width = tensor.shape[-1] if tensor.shape else 1
+    factors = norm_ratios(tensor, [None if m.density == 1 else partial(_drop, m, width, remember) for m in found])
+    return [replace(mask, factor=factor) for mask, factor in zip(found, factors, strict=True)]
+
+
+def _drop(mask: RankedMask, width: int, remember: bool, x: Floats, start: int) -> None:
+    drop = mask.drop_and_remember if remember else mask.drop
+    drop(x.reshape(-1, width), start)
 
 
 def drop_all(x: Floats, state: list[RankedMask], start: int) -> Floats:
@@ -191,17 +205,3 @@ def drop_all(x: Floats, state: list[RankedMask], start: int) -> Floats:
     for rows, mask in zip(x, state, strict=True):
         mask.drop_and_rescale(rows, start)
     return x.reshape(len(x), -1)
-
-
-def _factor(tensor: TensorStream, params: DellaParams, mask: RankedMask) -> float | None:
-    if not params.rescale or mask.density == 1:
-        return 1.0
-    if params.rescale_by == "probability":
-        return None
-    width = tensor.shape[-1] if tensor.shape else 1
-    drop = mask.drop_and_remember if tensor.count * tensor.num_models <= _REMEMBERED else mask.drop
-    return norm_ratio(tensor, mask.draws.model, lambda x, start: drop(x.reshape(-1, width), start))
-
-
-def _magnitude_bits(x: Floats, out: NDArray[np.uint32] | None = None) -> NDArray[np.uint32]:
-    return np.bitwise_and(x.view(np.uint32), np.uint32(0x7FFFFFFF), out=out)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
-from toolkit.merge.ops import order_statistics
+from toolkit.merge.selection import order_statistics
 
 TAKES = "weights"
 MODELS = (2, 2)
@@ -52,13 +52,13 @@ def prepare(tensor: TensorStream, params: Params) -> State:
     width = tensor.shape[-1] if tensor.shape else 1
     divergences = np.full(tensor.count // width, np.nan, np.float32)
 
-    def read(every: int) -> Iterator[tuple[int, Floats]]:
-        for start, x in tensor.stacked(every):
+    def read(every: int = 1, begin: int = 0) -> Iterator[tuple[int, Floats]]:
+        for start, x in tensor.stacked(every, begin):
             base, other = rows = x.reshape(2, -1, width)
             here = divergences[start // width :][: rows.shape[1]]
             if np.isnan(here[0]):  # the first time
                 here[:] = _divergence(other, base)
-            yield start, _importance(other, base, here).reshape(-1)
+            yield start, _importance(other, base, here).reshape(1, -1)
 
     last = tensor.count - 1
     lower, median, upper = order_statistics(read, [last // 4, last // 2, 3 * last // 4])

@@ -18,7 +18,8 @@ from pydantic import Field
 
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
-from toolkit.merge.ops import Cut, agree_on_signs, largest
+from toolkit.merge.ops import agree_on_signs, inner
+from toolkit.merge.selection import Cut, largest
 
 TAKES = "deltas"
 MODELS = (1, None)
@@ -69,7 +70,7 @@ def prepare(tensor: TensorStream, params: Params) -> State:
         selection.drop(x, start)
         for i, row in enumerate(x):
             wide = row.astype(np.float64)
-            squares[i] += wide @ wide
+            squares[i] += inner(wide, wide)
     total = squares.sum()
     return selection, (squares / total if total else np.ones(len(squares))).tolist()
 
@@ -91,11 +92,12 @@ def _select(tensor: TensorStream, share: float) -> Selection:
         top = max(top, float(high.max()), -float(low.min()))
     scale = 2.0 ** -max(-126, min(126, frexp(top)[1]))
 
-    def read(every: int) -> Iterator[tuple[int, Floats]]:
-        for start, x in tensor.stacked(every):
-            yield start, _variance(x, scale)
+    def read(every: int = 1, begin: int = 0) -> Iterator[tuple[int, Floats]]:
+        for start, x in tensor.stacked(every, begin):
+            yield start, _variance(x, scale)[None]
 
-    return Selection(largest(read, tensor.count, int(differing * share)), scale)
+    ((cut,),) = largest(read, tensor.count, [[int(differing * share)]])
+    return Selection(cut, scale)
 
 
 def _variance(x: Floats, scale: float) -> Floats:

@@ -8,13 +8,11 @@ Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985; for model 
 
 from __future__ import annotations
 
-from math import acos, sin, sqrt
-
-import numpy as np
+from math import acos, sin
 
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
-from toolkit.merge.ops import weighted_sum
+from toolkit.merge.ops import cosines, gram, weighted_sum
 
 TAKES = "weights"
 MODELS = (2, 2)
@@ -36,14 +34,8 @@ class Params(MethodParams):
 
 def prepare(tensor: TensorStream, params: Params) -> tuple[float, float]:
     """Return the factors of the two models, from the angle between their tensors."""
-    dot = square0 = square1 = 0.0
-    for _, x in tensor.stacked():
-        a, b = x.astype(np.float64)
-        dot += float(a @ b)
-        square0 += float(a @ a)
-        square1 += float(b @ b)
-    norms = sqrt(square0) * sqrt(square1)
-    cosine = max(-1.0, min(1.0, dot / norms)) if norms else 1.0
+    norms, angles = cosines(gram(tensor))
+    cosine = float(angles[0, 1]) if norms.all() else 1.0
     if abs(cosine) > PARALLEL:
         return 1 - params.t, params.t
     angle = acos(cosine)

@@ -15,7 +15,8 @@ from pydantic import Field
 
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
-from toolkit.merge.ops import Cut, agree_on_signs, largest, reader
+from toolkit.merge.ops import agree_on_signs
+from toolkit.merge.selection import Cut, largest
 
 TAKES = "deltas"
 MODELS = (1, None)
@@ -60,16 +61,16 @@ def survey(tensors: Sequence[tuple[TensorStream, Params]]) -> list[list[Cut] | N
     """Find one cut per model over all tensors whose trimming is of the whole model; their densities add up."""
     chosen = [(tensor, params) for tensor, params in tensors if params.trim == "model"]
     offsets = [0, *np.cumsum([tensor.count for tensor, _ in chosen]).tolist()]
-    cuts: list[Cut] = []
-    for model in range(chosen[0][0].num_models if chosen else 0):
 
-        def read(every: int, model: int = model) -> Iterator[tuple[int, Floats]]:
-            for offset, (tensor, _) in zip(offsets, chosen, strict=False):
-                for start, x in tensor.of_model(model, every):
+    def read(every: int = 1, begin: int = 0) -> Iterator[tuple[int, Floats]]:
+        for offset, (tensor, _) in zip(offsets, chosen, strict=False):
+            if begin < offset + tensor.count:
+                for start, x in tensor.stacked(every, max(0, begin - offset)):
                     yield offset + start, x
 
-        keep = int(sum(params.density[model] * tensor.count for tensor, params in chosen))
-        cuts.append(largest(read, offsets[-1], max(1, keep)))
+    models = range(chosen[0][0].num_models if chosen else 0)
+    keep = [int(sum(params.density[model] * tensor.count for tensor, params in chosen)) for model in models]
+    cuts = [cut for (cut,) in largest(read, offsets[-1], [[max(1, k)] for k in keep])]
     own = {
         tensor.name: [Cut(cut.threshold, cut.last - offset) for cut in cuts]
         for offset, (tensor, _) in zip(offsets, chosen, strict=False)
@@ -79,10 +80,10 @@ def survey(tensors: Sequence[tuple[TensorStream, Params]]) -> list[list[Cut] | N
 
 def prepare(tensor: TensorStream, params: Params) -> State:
     """Find what each model keeps, and the sign of elements without a vote."""
-    cuts = tensor.surveyed or [
-        largest(reader(tensor, i), tensor.count, max(1, int(density * tensor.count)))
-        for i, density in enumerate(params.density)
-    ]
+    cuts = tensor.surveyed
+    if not cuts:
+        keep = [[max(1, int(density * tensor.count))] for density in params.density]
+        cuts = [cut for (cut,) in largest(tensor.stacked, tensor.count, keep)]
     if params.zero_vote == "plus":
         return cuts, 1.0
     balance = 0
