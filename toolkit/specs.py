@@ -19,6 +19,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from toolkit.errors import MissingError, Problem, SpecError
 from toolkit.names import did_you_mean
 
+Document = tuple[dict[str, Any], dict[str, int]]
+"""The data of a YAML document, and the line of every key path in it."""
+
 
 class Spec(BaseModel):
     """A frozen block of a spec; a key it does not declare is an error."""
@@ -29,6 +32,11 @@ class Spec(BaseModel):
 
     _name: str = PrivateAttr("spec")
     _lines: Mapping[str, int] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def join(cls, documents: Sequence[Document]) -> Document:
+        """Make one spec of a file that holds several documents; a class that knows what that means overrides it."""
+        raise SpecError(f"holds {len(documents)} YAML documents; one was expected")
 
     def error(self, problems: Sequence[Problem]) -> SpecError:
         """Return the error for faults that were found after the spec was read, with their lines."""
@@ -58,6 +66,9 @@ Folder = Annotated[str, BeforeValidator(_as_path)]
 
 FolderOrObject = Annotated[Any, BeforeValidator(_as_source)]
 """A folder or a hub id; or what would be loaded from there, in memory."""
+
+Size = Annotated[int, BeforeValidator(lambda v: parse_bytes(v) if isinstance(v, str) else v), Field(ge=1)]
+"""Bytes, as a number or a text such as `20MB`."""
 
 T = TypeVar("T", bound=Spec)
 Source = str | Path | Mapping[str, Any]
@@ -94,7 +105,11 @@ def load(
         return source
     if isinstance(source, Spec):
         raise SpecError(f"expected a {model.__name__}, a file or a dict, got a {type(source).__name__}")
-    data, lines, name = read(source)
+    documents, name = _documents(source)
+    try:
+        data, lines = documents[0] if len(documents) == 1 else model.join(documents)
+    except SpecError as error:
+        raise SpecError(error.problems or str(error), name) from None
     small = data.pop("smoke", None)
     if smoke and small is not None:
         data = merged(data, small)
@@ -106,8 +121,15 @@ def load(
 
 def read(source: Source) -> tuple[dict[str, Any], dict[str, int], str]:
     """Return the data of a spec, the line of every key path, and the name to print in errors."""
+    documents, name = _documents(source)
+    if len(documents) > 1:
+        raise SpecError(f"holds {len(documents)} YAML documents; one was expected", name)
+    return *documents[0], name
+
+
+def _documents(source: Source) -> tuple[list[Document], str]:
     if isinstance(source, Mapping):
-        return _copied(source), {}, "spec"
+        return [(_copied(source), {})], "spec"
     if not isinstance(source, str | Path):
         raise SpecError(f"a spec is a YAML file or a dict, not a {type(source).__name__}")
     path = Path(os.path.expanduser(source))
@@ -119,7 +141,7 @@ def read(source: Source) -> tuple[dict[str, Any], dict[str, int], str]:
         raise SpecError("not UTF-8 text", str(path)) from None
     except OSError as error:
         raise SpecError(f"cannot be read ({error.strerror})", str(path)) from None
-    return _parse(text, str(path))
+    return _parse(text, str(path)), str(path)
 
 
 def _copied(value: Any) -> Any:
@@ -164,6 +186,19 @@ def problems(
     return sorted(found, key=lambda problem: problem.line or 0)
 
 
+def parse_bytes(text: str) -> int:
+    """Read a size such as `20MB`, in powers of 1000.
+
+    Raises:
+        ValueError: it is none, or is zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise ValueError("not a size such as 20MB")
+    return size
+
+
 def path_text(trail: Sequence[str | int]) -> str:
     """Write a key path the way errors and overrides spell it: `models[0].parameters.weight`."""
     text = ""
@@ -195,15 +230,23 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[str, int], str]:
-    lines: dict[str, int] = {}
+def _parse(text: str, name: str) -> list[Document]:
+    found: list[Document] = []
     duplicates: list[Problem] = []
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is not None:
-            _walk(node, (), lines, duplicates)
-        data = None if node is None else loader.construct_document(node)
+        while loader.check_node() or not found:
+            lines: dict[str, int] = {}
+            node = loader.get_node()
+            if node is not None:
+                _walk(node, (), lines, duplicates)
+            data = None if node is None else loader.construct_document(node)
+            if duplicates:
+                raise SpecError(duplicates, name)
+            if not isinstance(data, dict):
+                given = "an empty file" if data is None else f"a {type(data).__name__}"
+                raise SpecError(f"expected keys and values at the top level, got {given}", name)
+            found.append((data, lines))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -212,12 +255,7 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[str, int], str]:
         raise SpecError(f"not valid YAML: {' '.join(str(error).split())}", name) from None
     except RecursionError:
         raise SpecError("not usable YAML: nested too deeply, or within itself", name) from None
-    if duplicates:
-        raise SpecError(duplicates, name)
-    if not isinstance(data, dict):
-        given = "an empty file" if data is None else f"a {type(data).__name__}"
-        raise SpecError(f"expected keys and values at the top level, got {given}", name)
-    return data, lines, name
+    return found
 
 
 def _walk(node: yaml.Node, trail: tuple[str | int, ...], lines: dict[str, int], twice: list[Problem]) -> None:
@@ -307,6 +345,8 @@ def _inside(kind: Any, part: str | int) -> list[Any]:
 
 
 def _arms(kind: Any) -> list[Any]:
+    if get_origin(kind) is Annotated:
+        return _arms(get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):
         return [arm for inner in get_args(kind) for arm in _arms(inner)]
     return [kind]

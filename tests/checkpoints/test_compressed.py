@@ -12,7 +12,6 @@ from tests import tiny
 from toolkit.checkpoints.compressed import (
     CONFIG,
     CompressedDelta,
-    RebuiltCheckpoint,
     compressed_writer,
     on_base,
     open_change,
@@ -22,6 +21,7 @@ from toolkit.checkpoints.compressed import (
     part_name,
     unpack_bits,
 )
+from toolkit.checkpoints.deltas import AdaptedCheckpoint
 from toolkit.checkpoints.dtypes import DTYPES
 from toolkit.checkpoints.headers import TensorInfo
 from toolkit.checkpoints.reader import open_checkpoint
@@ -101,7 +101,7 @@ def test_each_form_gives_its_change_in_any_slice(form, base, tmp_path):
 def test_whole_tensors_are_the_fine_tunes_own(base, tmp_path):
     own = np.float16([*range(48)])
     write(tmp_path / "out", {"whole": own}, name="model.norm.weight")
-    rebuilt = RebuiltCheckpoint(CompressedDelta(open_checkpoint(base), open_compressed(tmp_path / "out")))
+    rebuilt = AdaptedCheckpoint(CompressedDelta(open_checkpoint(base), open_compressed(tmp_path / "out")))
     out = np.empty(48, np.float32)
     rebuilt.read("model.norm.weight", 0, 48, out)
     assert np.array_equal(out, own)

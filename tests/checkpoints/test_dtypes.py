@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from toolkit.checkpoints.dtypes import DTYPES, by_torch_name, decode, encode
+from toolkit.checkpoints.dtypes import DTYPES, all_finite, by_torch_name, decode, encode
 from toolkit.errors import UnsupportedError
 
 FLOATING = [d for d in DTYPES.values() if d.floating]
@@ -59,3 +59,19 @@ def test_sub_byte_formats_are_sized_but_not_computed_with():
     assert four.nbytes(7) == 4
     with pytest.raises(UnsupportedError, match="F4"):
         decode(np.zeros(4, np.uint8), four, np.empty(7, np.float32))
+
+
+@pytest.mark.parametrize("name", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_what_is_not_finite_is_found_in_the_stored_bytes(name):
+    dtype = getattr(torch, name)
+    info = torch.finfo(dtype)
+    values = torch.tensor([0.0, -1.5, info.max, info.min, info.tiny], dtype=torch.float64).to(dtype)
+
+    def finite(x: torch.Tensor) -> bool:
+        return all_finite(x.view(torch.uint8).numpy(), by_torch_name(name))
+
+    assert finite(values)
+    has_infinity = name != "float8_e4m3fn"
+    for bad in ("nan", "inf", "-inf") if has_infinity else ("nan",):
+        assert not finite(torch.cat([values, torch.tensor([float(bad)]).to(dtype)]))
+    assert all_finite(np.full(8, 255, np.uint8), by_torch_name("int64"))

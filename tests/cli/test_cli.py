@@ -81,7 +81,7 @@ def test_merge_dry_run_prints_the_plan_and_writes_nothing(run, merge_spec, tmp_p
     [
         (["merge", "absent.yaml", "out"], 1, "error: absent.yaml: no such spec file"),
         (["merge", "SPEC"], 2, "name the folder to write"),
-        (["merge", "SPEC", "out", "--shard-size", "big"], 2, "--shard-size 'big' is not a size"),
+        (["merge", "SPEC", "out", "--shard-size", "big"], 2, "--shard-size 'big': not a size such as 20MB"),
         (["merge", "SPEC", "out", "--set", "nonsense"], 2, "override 'nonsense' is not of the form"),
         (["merge", "SPEC", "out", "--set", "models[7].model=x"], 2, "models[7] is not in the spec"),
         (["merge", "SPEC", "out", "--set", "densty=1"], 2, "densty: unknown key 'densty'"),

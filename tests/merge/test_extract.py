@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 import toolkit
 from tests import tiny
 from toolkit.checkpoints.adapters import open_adapter
-from toolkit.checkpoints.compressed import CompressedDelta, RebuiltCheckpoint, open_compressed
-from toolkit.checkpoints.deltas import AdapterDelta, Delta, chunks
+from toolkit.checkpoints.compressed import CompressedDelta, open_compressed
+from toolkit.checkpoints.deltas import AdaptedCheckpoint, AdapterDelta, Delta, chunks
 from toolkit.checkpoints.reader import open_checkpoint
 from toolkit.cli import main
 from toolkit.errors import CheckpointError, OutputError, SpecError, UnsupportedError
@@ -297,7 +297,7 @@ def test_one_task_is_rebuilt_exactly(base, tmp_path):
     tiny.save_model(disturb(model, "layers.1"), tmp_path / "tuned")
     result = extract(start, tmp_path / "tuned", tmp_path / "out", kind="mask", dtype="float32", quiet=True)
     assert set(result.errors["tuned"].values()) == {0.0}
-    rebuilt = RebuiltCheckpoint(CompressedDelta(open_checkpoint(start), open_compressed(tmp_path / "out")))
+    rebuilt = AdaptedCheckpoint(CompressedDelta(open_checkpoint(start), open_compressed(tmp_path / "out")))
     for name, value in weights(tmp_path / "tuned").items():
         out = np.empty(value.size, np.float32)
         rebuilt.read(name, 0, value.size, out)

@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toolkit
 from tests import tiny
+from toolkit.checkpoints.compressed import on_base, open_compressed
+from toolkit.checkpoints.deltas import chunks
 from toolkit.checkpoints.reader import INDEX, open_checkpoint
 from toolkit.errors import MissingError, OutputError, SpecError
 from toolkit.merge.plan import make_plan
@@ -209,6 +212,76 @@ def test_tensors_that_no_lora_touches_are_the_base_bit_for_bit(base, loras, tmp_
         assert changed == {n for n in start if "q_proj" in n or "down_proj" in n}
 
 
+@pytest.mark.parametrize("kind", ["svd", "mask", "bit"])
+def test_compressed_deltas_are_models(kind, family, tmp_path):
+    """As the full weights that they stand for, written out, are; alone, by name, and on a base of their own."""
+    tuned = {name: str(family[name]) for name in ("tuned0", "tuned1")}
+    toolkit.extract(str(family["base"]), tuned, tmp_path / "small", kind=kind, quiet=True)
+    base = open_checkpoint(family["base"])
+    for name in tuned:
+        full = on_base(base, open_compressed(f"{tmp_path / 'small'}#{name}"))
+        (tmp_path / name).mkdir()
+        state = {n: torch.empty(t.shape) for n, t in base.tensors.items()}
+        for tensor, value in state.items():
+            for start, stop in chunks(tuple(value.shape)):
+                full.read(tensor, start, stop, value.view(-1).numpy()[start:stop])
+        save_file(state, tmp_path / name / "model.safetensors")
+    forms = {
+        "whole": [str(tmp_path / "tuned0"), str(tmp_path / "tuned1")],
+        "own base": [f"{family['base']}+{tmp_path / 'small'}#{name}" for name in tuned],
+        "on the base": [f"{tmp_path / 'small'}#{name}" for name in tuned],
+    }
+    got = {}
+    for i, (form, models) in enumerate(forms.items()):
+        inputs = [{"model": model, "parameters": {"weight": 0.5}} for model in models]
+        spec = {"merge_method": "ties", "base_model": str(family["base"]), "models": inputs, "dtype": "float32"}
+        got[form] = tensors(merge(spec | {"parameters": {"density": 0.5}}, tmp_path / f"out{i}", quiet=True).path)
+    for name, value in got["whole"].items():
+        torch.testing.assert_close(got["own base"][name], value, rtol=0, atol=1e-7)
+        # A change that is stored as such is not rounded to the weights' grid first, so ties may be cut elsewhere.
+        close = torch.isclose(got["on the base"][name], value, rtol=0, atol=1e-6)
+        assert close.float().mean() > 0.99, name
+
+
+def test_a_folder_of_several_fine_tunes_must_say_which(family, tmp_path):
+    tuned = {name: str(family[name]) for name in ("tuned0", "tuned1")}
+    toolkit.extract(str(family["base"]), tuned, tmp_path / "small", kind="bit", quiet=True)
+    spec = {"merge_method": "task_arithmetic", "base_model": str(family["base"])}
+    with pytest.raises(SpecError, match=r"models\[0\].model: .*tuned0, tuned1"):
+        make_plan(spec | {"models": [{"model": str(tmp_path / "small")}]})
+    with pytest.raises(SpecError, match="no fine-tune 'tuned7'"):
+        make_plan(spec | {"models": [{"model": f"{tmp_path / 'small'}#tuned7"}]})
+
+
+@pytest.mark.parametrize("options", [{}, {"as": "svd", "rank": 4}, {"as": "lora", "energy": 0.9}])
+def test_a_merge_as_a_small_change_of_its_base(options, family, tmp_path):
+    """What `toolkit extract` makes of the merge that was written."""
+    spec = spec_of(family, "task_arithmetic", dtype="float32")
+    result = merge(spec | {"output": {"type": "compressed", **options}}, tmp_path / "small", quiet=True)
+    merge(spec, tmp_path / "full", quiet=True)
+    kind = options.pop("as", "bit")
+    expected = toolkit.extract(
+        str(family["base"]), {"merged": str(tmp_path / "full")}, tmp_path / "expected", kind=kind, quiet=True, **options
+    )
+    files = [path.name for path in sorted((tmp_path / "expected").glob("*.safetensors"))]
+    assert files
+    for name in files:
+        assert (tmp_path / "small" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    assert result.path == tmp_path / "small"
+    assert result.numbers["relative_error"] == expected.numbers["relative_error"]
+    with pytest.raises(SpecError, match="base_model: required: the output is a change of it"):
+        merge(
+            {"merge_method": "linear", "models": [], "output": {"type": "compressed"}}
+            | {"models": [{"model": str(family["base"]), "parameters": {"weight": 1}}]},
+            tmp_path / "none",
+        )
+
+
+def test_options_of_another_output_are_errors(family, tmp_path):
+    with pytest.raises(SpecError, match="output: energy is an option of type compressed, not of adapter"):
+        merge(spec_of(family, "linear", output={"type": "adapter", "energy": 0.5}), tmp_path / "out")
+
+
 def test_adapters_find_their_own_base(base, loras, tmp_path):
     spec = {"merge_method": "task_arithmetic", "models": [{"model": str(loras["plain"])}]}
     got = tensors(merge(spec, tmp_path / "out", quiet=True).path)
@@ -245,6 +318,17 @@ def test_non_finite_outputs_are_named(family, tmp_path):
     spec["models"][1]["model"] = str(tiny.save_model(broken, tmp_path / "broken"))
     result = merge(spec, tmp_path / "out", quiet=True)
     assert result.non_finite == ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    assert result.non_finite_inputs == {str(tmp_path / "broken"): result.non_finite}
+    merge({"merge_method": "passthrough", "models": [{"model": str(tmp_path / "broken")}]}, tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / "merge.json").read_text())["non_finite"] == result.non_finite
+
+
+def test_results_too_large_for_their_dtype_are_named_and_blamed_on_no_input(family, tmp_path):
+    spec = {"merge_method": "passthrough", "models": [{"model": str(family["base"])}], "dtype": "float16"}
+    scale = [{"filter": "layers.0.mlp.up_proj", "value": 1e7}, {"value": 1}]
+    result = merge(spec | {"parameters": {"scale": scale}}, tmp_path / "out", quiet=True)
+    assert result.non_finite == ["model.layers.0.mlp.up_proj.weight"]
+    assert result.non_finite_inputs == {}
 
 
 def test_all_errors_of_a_spec_at_once_with_their_lines(family, tmp_path):

@@ -273,6 +273,14 @@ class CompressedDelta(Delta):
     def nbytes(self, name: str) -> int:
         return sum(self.store.info(stored).nbytes for stored in self.parts.get(name, {}).values())
 
+    @override
+    def files(self) -> set[Path]:
+        return self.store.files()
+
+    @override
+    def close(self) -> None:
+        self.compressed.close()
+
 
 def _shapes(part: str, shape: tuple[int, ...], found: Mapping[str, TensorInfo]) -> Sequence[tuple[int, ...]]:
     """Return the shapes that a part of a tensor may have."""
@@ -287,39 +295,6 @@ def _shapes(part: str, shape: tuple[int, ...], found: Mapping[str, TensorInfo]) 
     return [shape]
 
 
-class RebuiltCheckpoint(Checkpoint):
-    """The full weights of a fine-tune: a base and a change of it, rounded to float32 only.
-
-    Args:
-        delta: the change.
-    """
-
-    def __init__(self, delta: CompressedDelta) -> None:
-        self.delta, self.source = delta, delta.source
-        self.config, self.tensors, self.folder = delta.base.config, delta.base.tensors, delta.base.folder
-
-    @override
-    def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
-        """Return the base's bytes of a tensor that the fine-tune leaves alone."""
-        if self.delta.touches(name):
-            raise UnsupportedError(f"{self.source}: {name} is computed, not stored; read it as float32")
-        return self.delta.base.read_raw(name, start, stop)
-
-    @override
-    def read(self, name: str, start: int, stop: int, out: Floats) -> None:
-        """Read base plus change; `start` to `stop` is one of the tensor's `chunks`."""
-        self.delta.base.read(name, start, stop, out)
-        if self.delta.touches(name):
-            change = np.empty_like(out)
-            self.delta.read(name, start, stop, out, change)
-            np.add(out, change, out=out)
-
-    @override
-    def close(self) -> None:
-        self.delta.base.close()
-        self.delta.compressed.close()
-
-
 def open_change(source: str | Path) -> Adapter | Compressed | None:
     """Open a folder that holds a change of a base: a LoRA or compressed deltas; `None` if it is neither."""
     folder = locate(split_task(str(source))[0])
@@ -328,11 +303,11 @@ def open_change(source: str | Path) -> Adapter | Compressed | None:
     return open_adapter(source) if is_adapter(folder) else None
 
 
-def on_base(base: Checkpoint, change: Adapter | Compressed) -> AdaptedCheckpoint | RebuiltCheckpoint:
+def on_base(base: Checkpoint, change: Adapter | Compressed) -> AdaptedCheckpoint:
     """Return the full weights of a base and a change of it."""
-    if isinstance(change, Compressed):
-        return RebuiltCheckpoint(CompressedDelta(base, change))
-    return AdaptedCheckpoint(AdapterDelta(base, change))
+    return AdaptedCheckpoint(
+        CompressedDelta(base, change) if isinstance(change, Compressed) else AdapterDelta(base, change)
+    )
 
 
 @contextmanager

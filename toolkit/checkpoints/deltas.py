@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
+from pathlib import Path
 
 import numpy as np
 from typing_extensions import override
@@ -62,6 +63,13 @@ class Delta:
         """Bytes to read for a tensor."""
         raise NotImplementedError
 
+    def files(self) -> set[Path]:
+        """Return the files that hold the change."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close the files that hold the change; the base stays open."""
+
 
 class DenseDelta(Delta):
     """The difference of two full checkpoints."""
@@ -81,7 +89,15 @@ class DenseDelta(Delta):
 
     @override
     def nbytes(self, name: str) -> int:
-        return self.tuned.info(name).nbytes
+        return self.tuned.read_bytes(name)
+
+    @override
+    def files(self) -> set[Path]:
+        return self.tuned.files()
+
+    @override
+    def close(self) -> None:
+        self.tuned.close()
 
 
 class AdapterDelta(Delta):
@@ -172,6 +188,14 @@ class AdapterDelta(Delta):
             total += store.info(part.a).nbytes + store.info(part.b).nbytes
         return total
 
+    @override
+    def files(self) -> set[Path]:
+        return self.adapter.store.files()
+
+    @override
+    def close(self) -> None:
+        self.adapter.close()
+
 
 def _product(pair: LowRank, start: int, stop: int) -> Floats:
     """Return elements `start` to `stop` of `scale * rows @ cols`, flattened."""
@@ -185,19 +209,28 @@ def _product(pair: LowRank, start: int, stop: int) -> Floats:
 
 
 class AdaptedCheckpoint(Checkpoint):
-    """The full weights of a base with an adapter on it, rounded to float32 only."""
+    """The full weights of a base with a change on it, rounded to float32 only.
 
-    def __init__(self, delta: AdapterDelta) -> None:
-        self.delta = delta
-        self.source = delta.source
+    Args:
+        delta: the change.
+    """
+
+    def __init__(self, delta: Delta) -> None:
+        self.delta, self.source = delta, delta.source
         self.config, self.tensors, self.folder = delta.base.config, delta.base.tensors, delta.base.folder
 
+    @override
+    def is_stored(self, name: str) -> bool:
+        return not self.delta.touches(name) and self.delta.base.is_stored(name)
+
+    @override
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
-        """Return the base's bytes of a tensor that the adapter leaves alone."""
+        """Return the base's bytes of a tensor that the change leaves alone."""
         if self.delta.touches(name):
             raise UnsupportedError(f"{self.source}: {name} is computed, not stored; read it as float32")
         return self.delta.base.read_raw(name, start, stop)
 
+    @override
     def read(self, name: str, start: int, stop: int, out: Floats) -> None:
         """Read base plus change; `start` to `stop` is one of the tensor's `chunks`."""
         self.delta.base.read(name, start, stop, out)
@@ -206,7 +239,21 @@ class AdaptedCheckpoint(Checkpoint):
             self.delta.read(name, start, stop, out, change)
             np.add(out, change, out=out)
 
+    @override
+    def read_bytes(self, name: str) -> int:
+        return self.delta.base.read_bytes(name) + (self.delta.nbytes(name) if self.delta.touches(name) else 0)
+
+    @override
+    def files(self) -> set[Path]:
+        return self.delta.base.files() | self.delta.files()
+
+    @property
+    @override
+    def buffer_bytes(self) -> int:
+        return self.delta.base.buffer_bytes
+
+    @override
     def close(self) -> None:
-        """Close the files of the base and of the adapter."""
+        """Close the files of the base and of the change."""
         self.delta.base.close()
-        self.delta.adapter.close()
+        self.delta.close()

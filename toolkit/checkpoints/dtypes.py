@@ -126,6 +126,27 @@ def encode(values: Floats, dtype: DType) -> Bytes:
         return values.astype(_numpy(dtype)).view(np.uint8)
 
 
+def all_finite(raw: Bytes, dtype: DType) -> bool:
+    """Tell whether stored values hold neither NaN nor infinity; integers never do."""
+    if dtype.name in _EXPONENTS:
+        words, ones = _EXPONENTS[dtype.name]
+        return not (np.bitwise_and(raw.view(words), ones) == ones).any()
+    if not dtype.floating:
+        return True
+    values = np.empty(raw.size * 8 // dtype.bits, np.float32)
+    decode(raw, dtype, values)
+    return bool(np.isfinite(values).all())
+
+
+_EXPONENTS = {
+    "BF16": (np.uint16, np.uint16(0x7F80)),
+    "F16": (np.uint16, np.uint16(0x7C00)),
+    "F32": (np.uint32, np.uint32(0x7F800000)),
+    "F64": (np.uint64, np.uint64(0x7FF0000000000000)),
+}
+"""Formats -> their words, and the exponent of NaN and infinity."""
+
+
 def _encode_bfloat16(values: Floats) -> NDArray[np.uint16]:
     nan = np.isnan(values)
     bits = values.view(np.uint32)

@@ -81,6 +81,23 @@ class Checkpoint:
         """Read elements `start` to `stop` of a tensor, flattened row-major, as float32 into `out`."""
         decode(self.read_raw(name, start, stop), self.info(name).dtype, out)
 
+    def is_stored(self, name: str) -> bool:
+        """Tell whether a tensor's bytes are stored somewhere, and not computed when they are read."""
+        return True
+
+    def read_bytes(self, name: str) -> int:
+        """Bytes that are read from files to read a tensor once."""
+        return self.info(name).nbytes
+
+    def files(self) -> set[Path]:
+        """Return the files that what is read depends on."""
+        return {info.file for info in self.tensors.values() if info.file}
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of memory that one thread needs at most to read, where what is read is computed."""
+        return 0
+
     def tensor(self, name: str) -> torch.Tensor:
         """Return a whole tensor in its own dtype and shape."""
         import torch

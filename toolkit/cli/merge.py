@@ -2,67 +2,122 @@
 
 from __future__ import annotations
 
-import re
+import json as json_
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from toolkit.cli.common import Json, Overwrite, Quiet, Resume, Set, Smoke, SpecFile, show, show_tables
+from toolkit.cli.common import Json, Overwrite, Quiet, Resume, Set, Smoke, show, show_tables
 from toolkit.errors import SpecError
+
+_SAME = "Called as in mergekit-yaml"
+_NOTHING = typer.Option(help="Changes how mergekit works, and nothing here.", rich_help_panel=_SAME)
+_NoEffect = Annotated[bool | None, _NOTHING]
 
 
 def merge(
-    spec: SpecFile,
+    spec: Annotated[Path | None, typer.Argument(help="YAML file of the spec.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Argument(help="Folder to write; not needed with --dry-run.")] = None,
     set_: Set = [],  # noqa: B006 - typer reads the default, nobody changes it
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read and write no weights.")] = False,
+    verify: Annotated[
+        Path | None, typer.Option(help="Compute a sample of a finished merge again, and compare.", show_default=False)
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; by default one per core, at most four.")] = None,
-    shard_size: Annotated[str, typer.Option(help="Largest size of an output file, such as 5GB or 200MB.")] = "5GB",
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", "--num-threads", "-j", min=1, help="Threads; by default one per core, at most four."),
+    ] = None,
+    shard_size: Annotated[
+        str,
+        typer.Option("--shard-size", "--out-shard-size", help="Largest size of an output file, such as 5GB or 200MB."),
+    ] = "5GB",
+    hashes: Annotated[
+        str, typer.Option(help="Identify the inputs' files by a hash of a sample of their blocks, or in full.")
+    ] = "sample",
+    random_seed: Annotated[
+        int | None, typer.Option(help="Seed of random methods, where the spec names none.", rich_help_panel=_SAME)
+    ] = None,
+    write_model_card: Annotated[
+        bool, typer.Option("--write-model-card/--no-write-model-card", rich_help_panel=_SAME, help="Write README.md.")
+    ] = True,
+    copy_tokenizer: Annotated[
+        bool, typer.Option("--copy-tokenizer/--no-copy-tokenizer", rich_help_panel=_SAME, help="Copy its files.")
+    ] = True,
+    transformers_cache: Annotated[
+        Path | None, typer.Option(help="Folder of the hub's cache.", rich_help_panel=_SAME, show_default=False)
+    ] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Also read pickled weights, weights only.")
     ] = False,
     smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
+    lazy_unpickle: _NoEffect = None,
+    low_cpu_memory: _NoEffect = None,
+    read_to_gpu: _NoEffect = None,
+    multi_gpu: _NoEffect = None,
+    async_write: _NoEffect = None,
+    clone_tensors: _NoEffect = None,
+    allow_crimes: _NoEffect = None,
+    trust_remote_code: _NoEffect = None,
+    write_threads: Annotated[int | None, _NOTHING] = None,
+    lora_merge_cache: Annotated[Path | None, _NOTHING] = None,
 ) -> None:
     """Merge models, or LoRAs of one base, as a spec says. Runs mergekit's YAML."""
+    if verify is not None:
+        _verify(verify, allow_pickle, json, quiet)
+        return
+    if spec is None:
+        raise SpecError("name the spec: toolkit merge SPEC OUT")
+    if hashes not in ("sample", "full"):
+        raise SpecError(f"--hashes {hashes!r} is neither sample nor full")
+    if transformers_cache is not None:
+        os.environ["HF_HUB_CACHE"] = str(transformers_cache.expanduser())
     from toolkit.merge.plan import make_plan
     from toolkit.merge.run import merge as run
 
-    size = _bytes(shard_size)
+    seed = [] if random_seed is None else [f"seed={random_seed}"]
+    options: dict[str, Any] = {"overrides": [*seed, *set_], "smoke": smoke, "allow_pickle": allow_pickle}
+    options["shard_bytes"] = _bytes(shard_size)
     if dry_run:
-        plan = make_plan(spec, overrides=set_, smoke=smoke, allow_pickle=allow_pickle, shard_bytes=size)
+        plan = make_plan(spec, **options)
         plan.inputs.close()
-        if json:
-            import json as json_
-
-            print(json_.dumps(plan.to_dict(), indent=2))
-        else:
-            show_tables([plan.table()])
+        print(json_.dumps(plan.to_dict(), indent=2)) if json else show_tables([plan.table()])
         return
     if out is None:
         raise SpecError("name the folder to write: toolkit merge SPEC OUT")
     result = run(
         spec,
         out,
-        overrides=set_,
-        smoke=smoke,
         resume=resume,
         overwrite=overwrite,
         workers=workers,
-        shard_bytes=size,
-        allow_pickle=allow_pickle,
+        hashes=hashes,
+        card=write_model_card,
+        tokenizer=copy_tokenizer,
         quiet=quiet,
+        **options,
     )
     show(result, json)
 
 
+def _verify(folder: Path, allow_pickle: bool, json: bool, quiet: bool) -> None:
+    from toolkit.merge.record import verify
+
+    result = verify(folder, allow_pickle=allow_pickle, quiet=quiet)
+    show(result, json)
+    if not result.numbers["equal"]:
+        raise typer.Exit(1)
+
+
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
-    if size < 1:
-        raise SpecError(f"--shard-size {text!r} is not a size such as 5GB")
-    return size
+    from toolkit.specs import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise SpecError(f"--shard-size {text!r}: {error}") from None

@@ -27,9 +27,9 @@ from toolkit.merge.changes import Changes, Key
 from toolkit.merge.compress import RankRule, plan_masks, plan_pairs, plan_signs
 from toolkit.merge.lora import plan_lora, write_lora
 from toolkit.merge.parameters import matches
-from toolkit.merge.spec import Model
+from toolkit.merge.spec import MergeSpec, Model  # noqa: F401 - pydantic looks up the name that Model mentions
 from toolkit.progress import track
-from toolkit.specs import Spec
+from toolkit.specs import Size, Spec
 from toolkit.tables import Cell, Report, Table, human_bytes
 
 Kind = Literal["lora", "svd", "mask", "bit"]
@@ -67,15 +67,6 @@ def _name_of(model: Any) -> str:
     return re.split(r"[/\\#+]", str(model).rstrip("/\\"))[-1]
 
 
-def _bytes(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", value.strip(), re.IGNORECASE)
-    if not match:
-        raise ValueError("not a size such as 20MB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
-
-
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, int | float | str) else value
 
@@ -104,7 +95,7 @@ class ExtractSpec(Spec):
     kind: Kind = Field("lora", alias="as")
     rank: Annotated[int, Field(ge=1)] | Literal["full"] | None = None
     energy: Annotated[float, Field(gt=0, le=1)] | None = None
-    budget: Annotated[int, BeforeValidator(_bytes), Field(ge=1)] | None = None
+    budget: Size | None = None
     lambdas: Annotated[
         list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], BeforeValidator(_as_list), Field(min_length=1)
     ] = Field([1.0], alias="lambda")

@@ -66,9 +66,14 @@ EVERYTHING = "default"
 """Name of the module that holds all tensors, as mergekit calls it."""
 
 
-def groups_of(spec: MergeSpec) -> list[Group]:
-    """Return the groups of a spec, in the order in which their slices follow each other."""
-    shared: tuple[Block, ...] = (("parameters", spec.parameters),)
+def groups_of(spec: MergeSpec, defaults: Mapping[str, Any] | None = None) -> list[Group]:
+    """Return the groups of a spec, in the order in which their slices follow each other.
+
+    Args:
+        spec: of the merge.
+        defaults: parameters that hold where the spec gives none.
+    """
+    shared: tuple[Block, ...] = (("parameters", spec.parameters), ("", defaults or {}))
     found = list(_groups(spec, spec.models, spec.slices, "", shared, ""))
     for name, module in (spec.modules or {}).items():
         path = f"modules.{name}."

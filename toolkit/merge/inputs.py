@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.checkpoints.adapters import Adapter, is_adapter, open_adapter
-from toolkit.checkpoints.deltas import AdaptedCheckpoint, AdapterDelta, Delta, DenseDelta
-from toolkit.checkpoints.locate import locate
+from toolkit.checkpoints.adapters import Adapter, open_adapter
+from toolkit.checkpoints.compressed import Compressed, on_base, open_change, split_task
+from toolkit.checkpoints.deltas import AdapterDelta, Delta, DenseDelta
 from toolkit.checkpoints.reader import Checkpoint, open_checkpoint
-from toolkit.errors import Problem, ToolkitError
+from toolkit.errors import Problem, SpecError, ToolkitError
 from toolkit.merge.groups import Group, Slot
 from toolkit.merge.method import Method
+from toolkit.merge.spec import MergeSpec
 
 
 @dataclass(frozen=True)
@@ -78,28 +79,41 @@ class Inputs:
         """Whose config and tokenizer the output has: the first group's donor."""
         return self.groups[0].donor
 
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Everything that weights are read from."""
+        return [model.weights for model in self.models] + [group.base for group in self.groups if group.base]
+
+    def files(self) -> set[Path]:
+        """Return the files of all inputs."""
+        return set().union(*(checkpoint.files() for checkpoint in self.checkpoints))
+
     def close(self) -> None:
         """Close all files."""
-        for group in self.groups:
-            for model in group.models:
-                model.weights.close()
-            if group.base:
-                group.base.close()
+        for checkpoint in self.checkpoints:
+            checkpoint.close()
 
 
-def open_inputs(groups: Sequence[Group], method: Method, *, allow_pickle: bool = False) -> tuple[Inputs, list[Problem]]:
+OpenMerge = Callable[[MergeSpec, str], Checkpoint]
+"""Opens a merge inside a merge, given its spec and key path."""
+
+
+def open_inputs(
+    groups: Sequence[Group], method: Method, open_merge: OpenMerge, *, allow_pickle: bool = False
+) -> tuple[Inputs, list[Problem]]:
     """Open every model of a spec, gathering what is wrong with each."""
-    opener = _Opener(allow_pickle)
+    opener = _Opener(open_merge, allow_pickle)
     return Inputs([opener.open_group(group, method) for group in groups]), opener.problems
 
 
 class _Opener:
     """Opens models, each once."""
 
-    def __init__(self, allow_pickle: bool) -> None:
-        self.allow_pickle = allow_pickle
+    def __init__(self, open_merge: OpenMerge, allow_pickle: bool) -> None:
+        self.open_merge, self.allow_pickle = open_merge, allow_pickle
         self.problems: list[Problem] = []
         self.opened: dict[object, Checkpoint | None] = {}
+        self.merges: list[tuple[MergeSpec, Checkpoint | None]] = []
 
     def open_group(self, group: Group, method: Method) -> GroupInputs:
         before = len(self.problems)
@@ -130,6 +144,8 @@ class _Opener:
             self.problems.append(problem)
 
     def _checkpoint(self, source: object, where: str) -> Checkpoint | None:
+        if isinstance(source, MergeSpec):
+            return self._merge(source, where)
         key = source if isinstance(source, str) else id(source)
         if key not in self.opened:
             try:
@@ -139,25 +155,38 @@ class _Opener:
                 self._add(Problem(where, str(error)))
         return self.opened[key]
 
+    def _merge(self, spec: MergeSpec, where: str) -> Checkpoint | None:
+        same = [opened for known, opened in self.merges if known == spec]
+        if same:
+            return same[0]
+        opened = None
+        try:
+            opened = self.open_merge(spec, where)
+        except SpecError as error:
+            for problem in error.problems:
+                self._add(Problem(f"{where}.{problem.where}", problem.message))
+        self.merges.append((spec, opened))
+        return opened
+
     def _open(self, slot: Slot, base: Checkpoint | None, base_fails: bool) -> tuple[Input | None, Checkpoint | None]:
         """Open a slot's model; an adapter without a base of the spec's brings its own."""
         where = f"{slot.path}.model"
         try:
-            base_name, adapter = _adapter_of(slot.model)
-            if adapter is None:
+            base_name, change = _change_of(slot.model)
+            if change is None:
                 weights = self._checkpoint(slot.model, where)
                 if weights is None:
                     return None, base
                 return Input(slot, weights, DenseDelta(base, weights) if base else None), base
             own = self._checkpoint(base_name, where) if base_name is not None else base
             if own is None and base_name is None and not base_fails:
-                if not adapter.base_model:
-                    self._add(Problem("base_model", f"required: {adapter.source} is an adapter and names no base"))
+                if not change.base_model:
+                    self._add(Problem("base_model", f"required: {change.source} is a change of a base and names none"))
                     return None, base
-                own = base = self._checkpoint(adapter.base_model, where)
+                own = base = self._checkpoint(change.base_model, where)
             if own is None:
                 return None, base
-            adapted = AdaptedCheckpoint(AdapterDelta(own, adapter))
+            adapted = on_base(own, change)
         except ToolkitError as error:
             self._add(Problem(where, str(error)))
             return None, base
@@ -166,14 +195,12 @@ class _Opener:
         return Input(slot, adapted, DenseDelta(base, adapted) if base else None), base
 
 
-def _adapter_of(source: object) -> tuple[str | None, Adapter | None]:
-    """Split `base+adapter`; recognise an adapter folder; `(None, None)` for a full model."""
+def _change_of(source: object) -> tuple[str | None, Adapter | Compressed | None]:
+    """Split `base+change`; recognise a folder that holds a change of a base; `(None, None)` for a full model."""
     if not isinstance(source, str):
         return None, None
-    if "+" in source and not Path(source).exists():
-        base, _, adapter = source.partition("+")
-        return base, open_adapter(adapter)
-    path = Path(source).expanduser()
-    if not path.exists() and "/" in source:
-        path = locate(source)
-    return None, open_adapter(source) if path.is_dir() and is_adapter(path) else None
+    if "+" in source and not Path(source).expanduser().exists():
+        base, _, change = source.partition("+")
+        return base, open_change(change) or open_adapter(change)
+    exists = Path(split_task(source)[0]).expanduser().exists()
+    return None, open_change(source) if exists or "/" in source else None

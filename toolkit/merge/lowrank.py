@@ -168,7 +168,8 @@ def _merge_module(plan: Plan, adapters: Sequence[Adapter], job: Job, surveyed: A
     limit = min(job.tensor.shape)
     wanted = plan.spec.output.rank
     rank = limit if wanted == "full" else min(limit, total if wanted is None else wanted)
-    factors = plan.method.coefficients(job.params)
+    stream = Stream(job, plan.method, Scratch(), surveyed)
+    factors = plan.method.coefficients(job.params, stream.state)
     if factors is not None and not any(a.parts[module].magnitude for a in with_it):
         pair = _concatenate(plan.inputs.models, factors, module)
         if pair.rank <= rank or wanted is None:
@@ -176,7 +177,7 @@ def _merge_module(plan: Plan, adapters: Sequence[Adapter], job: Job, surveyed: A
         return Pair(module, *recompress(pair, rank))
     part = with_it[0].parts[module]
     transposed = part.embedding or bool(with_it[0].config.get("fan_in_fan_out"))
-    return Pair(module, *factor(_dense(plan, job, surveyed), rank, transposed))
+    return Pair(module, *factor(_dense(plan, stream), rank, transposed))
 
 
 def _concatenate(models: Sequence[Input], factors: Sequence[float], module: str) -> LowRank:
@@ -191,12 +192,12 @@ def _concatenate(models: Sequence[Input], factors: Sequence[float], module: str)
     return LowRank(np.concatenate(rows, axis=1), np.concatenate(cols), 1.0, transposed=transposed)
 
 
-def _dense(plan: Plan, job: Job, surveyed: Any) -> Floats:
+def _dense(plan: Plan, stream: Stream) -> Floats:
     """Compute the merged delta of a whole matrix."""
-    base = plan.inputs.base
+    base, job = plan.inputs.base, stream.job
     assert base is not None
     delta = np.empty(job.tensor.count, np.float32)
-    for start, merged in Stream(job, plan.method, Scratch(), surveyed).merged():
+    for start, merged in stream.merged():
         values = np.empty_like(merged)
         base.read(job.tensor.name, start, start + len(merged), values)
         np.subtract(merged, values, out=delta[start : start + len(merged)])

@@ -12,8 +12,8 @@ A method is one module in `toolkit/merge/methods`. It declares
 - at will, `prepare(tensor, params) -> state`: what must be known of the whole tensor first, read as a stream;
 - at will, `survey(tensors) -> states`: what must be known of the whole model first; takes `(tensor, params)` of every
   tensor that is merged, and returns for each what `tensor.surveyed` will be;
-- at will, `coefficients(params) -> [M]`: when the merged delta is `sum_i c_i * delta_i`, which lets several LoRAs
-  become one exactly; `None` where the parameters do not allow it;
+- at will, `coefficients(params, state) -> [M]`: when the merged delta is `sum_i c_i * delta_i`, which lets several
+  LoRAs become one exactly; `None` where the parameters do not allow it;
 - at will, `idempotent(params) -> bool`: whether equal inputs give that input, true by default; tensors that no
   input changes are then copied;
 - at will, `BASE_FIRST = True`: the base, where it is one of the models, is the first;
@@ -92,7 +92,7 @@ class Method:
     scope: Scope
     prepare: Callable[[TensorStream, Any], Any] | None
     survey: Callable[[Sequence[tuple[TensorStream, Any]]], Sequence[Any]] | None
-    coefficients: Callable[[Any], Sequence[float] | None]
+    coefficients: Callable[[Any, Any], Sequence[float] | None]
     idempotent: Callable[[Any], bool]
     base_first: bool
     memory: Callable[[tuple[int, ...], int], int]
@@ -132,7 +132,7 @@ def load_method(name: str) -> Method:
         getattr(module, "SCOPE", "element"),
         getattr(module, "prepare", None),
         getattr(module, "survey", None),
-        getattr(module, "coefficients", lambda params: None),
+        getattr(module, "coefficients", lambda params, state: None),
         getattr(module, "idempotent", lambda params: True),
         getattr(module, "BASE_FIRST", False),
         getattr(module, "memory", lambda shape, models: 0),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from toolkit import specs
-from toolkit.checkpoints.adapters import WEIGHTS
 from toolkit.checkpoints.deltas import CHUNK, Delta
 from toolkit.checkpoints.dtypes import Bytes, DType, Floats, by_torch_name
 from toolkit.checkpoints.headers import TensorInfo
@@ -18,7 +18,7 @@ from toolkit.checkpoints.layout import is_head, role_of
 from toolkit.checkpoints.reader import Checkpoint
 from toolkit.checkpoints.tokenizers import TokenizerFile
 from toolkit.checkpoints.writer import SHARD_BYTES, plan_shards
-from toolkit.errors import Problem, UnsupportedError
+from toolkit.errors import Problem, SpecError, UnsupportedError
 from toolkit.merge.assemble import Piece, assemble
 from toolkit.merge.groups import groups_of
 from toolkit.merge.inputs import GroupInputs, Input, Inputs, open_inputs
@@ -46,6 +46,16 @@ class Place:
         """Read a slice as float32; see `Checkpoint.read`."""
         self.checkpoint.read(self.name, start, stop, out)
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether its bytes are stored, and not computed."""
+        return self.checkpoint.is_stored(self.name)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one pass reads."""
+        return self.checkpoint.read_bytes(self.name)
+
     def read_raw(self, start: int, stop: int) -> Bytes:
         """Read the stored bytes of a slice."""
         return self.checkpoint.read_raw(self.name, start, stop)
@@ -71,7 +81,7 @@ class Source:
     @property
     def nbytes(self) -> int:
         """Bytes that one pass reads."""
-        return self.delta.nbytes(self.place.name) if self.delta else self.place.info.nbytes
+        return self.delta.nbytes(self.place.name) if self.delta else self.place.read_bytes
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,8 @@ class Job:
     def read_bytes(self) -> int:
         """Bytes that one pass over its inputs reads."""
         if self.action == "copy":
-            return self.donor.info.nbytes
-        return sum(source.nbytes for source in self.sources) + (self.base.info.nbytes if self.base else 0)
+            return self.donor.read_bytes
+        return sum(source.nbytes for source in self.sources) + (self.base.read_bytes if self.base else 0)
 
 
 @dataclass(frozen=True)
@@ -143,13 +153,14 @@ class Plan:
     def memory_bytes(self) -> int:
         """Bytes of buffers that one worker needs at most, besides what the interpreter and its libraries take."""
         merged = [job for job in self.jobs if job.action == "merge"]
-        return max((_buffers(self.method, job) for job in merged), default=CHUNK * 8)
+        inside = {id(c): c.buffer_bytes for c in self.inputs.checkpoints}
+        return max((_buffers(self.method, job) for job in merged), default=CHUNK * 8) + sum(inside.values())
 
     def fingerprint(self) -> str:
         """Return an identity that changes when the spec, the inputs' files or the output's layout do."""
         what = {
             "spec": self.spec.model_dump(mode="json", by_alias=True),
-            "files": sorted(_identity(file) for file in _files(self.inputs)),
+            "files": sorted(_identity(file) for file in self.inputs.files()),
             "shards": {k: [(t.name, t.dtype.name, t.shape) for t in v] for k, v in self.shards.items()},
         }
         return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -219,10 +230,11 @@ def make_plan(
         method = load_method(loaded.merge_method)
     except UnsupportedError as error:
         raise loaded.error([Problem("merge_method", str(error))]) from None
-    groups = groups_of(loaded)
+    seeded = loaded.seed is not None and "seed" in method.shared()
+    groups = groups_of(loaded, {"seed": loaded.seed} if seeded else None)
     found = check(groups, method)
     dtype, wrong = _output_dtype(loaded)
-    inputs, more = open_inputs(groups, method, allow_pickle=allow_pickle)
+    inputs, more = open_inputs(groups, method, partial(_nested, allow_pickle=allow_pickle), allow_pickle=allow_pickle)
     found += wrong + more
     jobs: list[Job] = []
     config: dict[str, Any] = {}
@@ -250,6 +262,21 @@ def make_plan(
     shards = plan_shards([job.tensor for job in jobs], shard_bytes)
     tokenizer = vocabulary.tokenizer if vocabulary else None
     return Plan(loaded, method, inputs, jobs, shards, dtype, config, tokenizer, template)
+
+
+def _nested(spec: MergeSpec, where: str, *, allow_pickle: bool) -> Checkpoint:
+    """Open a merge inside a merge.
+
+    Raises:
+        SpecError: with all that is wrong with it, at its key paths.
+    """
+    from toolkit.merge.nested import MergedCheckpoint  # it computes what is planned here
+
+    for key in ("output", "tokenizer", "tokenizer_source", "chat_template"):
+        if key in spec.model_fields_set:
+            raise SpecError([Problem(key, "not of a merge inside a merge; give it to the outer one")])
+    plan = make_plan(spec, allow_pickle=allow_pickle)
+    return MergedCheckpoint(plan, f"{where} ({plan.method.name} of {len(plan.inputs.models)})")
 
 
 def _output_dtype(spec: MergeSpec) -> tuple[DType | None, list[Problem]]:
@@ -303,6 +330,8 @@ def _job(
     if not out.dtype.floating or not out.count or not (changed or not method.idempotent(params)):
         return Job(out, "copy", donor)
     if not deltas:
+        if method.prepare is None and method.coefficients(params, None) == [1.0]:
+            return Job(out, "copy", sources[0].place)
         return Job(out, "merge", donor, tuple(Source(s.place, None) for s in sources), None, params)
     return Job(out, "merge", donor, tuple(sources), base, params)
 
@@ -332,14 +361,6 @@ def _params_text(params: MethodParams | None) -> str:
     return "; ".join(f"{key} {text(value)}" for key, value in params.model_dump(by_alias=True).items())
 
 
-def _files(inputs: Inputs) -> Iterator[str]:
-    checkpoints: list[Checkpoint] = [m.weights for m in inputs.models]
-    checkpoints += [group.base for group in inputs.groups if group.base]
-    found = {str(t.file) for checkpoint in checkpoints for t in checkpoint.tensors.values() if t.file}
-    yield from found
-    yield from {str(m.adapter.folder / WEIGHTS) for m in inputs.models if m.adapter}
-
-
-def _identity(file: str) -> tuple[str, int, int]:
-    status = os.stat(file)
-    return file, status.st_size, status.st_mtime_ns
+def _identity(file: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    return str(file), status.st_size, status.st_mtime_ns

@@ -6,18 +6,16 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from toolkit import specs
-from toolkit.checkpoints.companions import copy_companions, write_card, write_config
 from toolkit.checkpoints.deltas import chunks
-from toolkit.checkpoints.dtypes import encode
-from toolkit.checkpoints.tokenizers import write_tokenizer
+from toolkit.checkpoints.dtypes import all_finite, encode
 from toolkit.checkpoints.writer import (
     SHARD_BYTES,
     WeightsWriter,
@@ -28,9 +26,10 @@ from toolkit.checkpoints.writer import (
     locked,
     staging_path,
 )
-from toolkit.errors import OutputError
-from toolkit.merge.plan import Job, Plan, make_plan
-from toolkit.merge.spec import MergeSpec
+from toolkit.errors import OutputError, Problem
+from toolkit.merge.plan import Job, Place, Plan, make_plan
+from toolkit.merge.record import Companions, Hashes
+from toolkit.merge.spec import MergeSpec, OutputSpec
 from toolkit.merge.stream import Scratch, Stream, survey
 from toolkit.progress import Progress, track
 from toolkit.tables import Report, Table, human_bytes
@@ -47,10 +46,12 @@ class MergeResult(Report):
     Attributes:
         path: folder that was written.
         non_finite: output tensors that hold NaN or infinity.
+        non_finite_inputs: input -> those of its tensors which these were made from and which hold some themselves.
     """
 
     path: Path = Path()
     non_finite: Sequence[str] = ()
+    non_finite_inputs: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def merge(
@@ -63,6 +64,9 @@ def merge(
     overwrite: bool = False,
     workers: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    hashes: Hashes = "sample",
+    card: bool = True,
+    tokenizer: bool = True,
     allow_pickle: bool = False,
     quiet: bool = False,
 ) -> MergeResult:
@@ -79,6 +83,10 @@ def merge(
         overwrite: replace `out` if it exists.
         workers: threads; by default one per core, at most four.
         shard_bytes: largest size of an output file.
+        hashes: identify the inputs' files in the record by a hash of a `sample` of their blocks, or by their `full`
+            SHA-256, which takes as long as a merge does; files from the hub have theirs by name.
+        card: write a model card.
+        tokenizer: copy the tokenizer's files.
         allow_pickle: also read pickled checkpoints, with `weights_only`.
         quiet: show no progress.
 
@@ -93,16 +101,33 @@ def merge(
         from toolkit.merge.lowrank import merge_adapters
 
         return merge_adapters(loaded, out, overwrite=overwrite, quiet=quiet)
+    if loaded.output.type == "compressed":
+        return _compress(loaded, out, overwrite=overwrite, allow_pickle=allow_pickle, quiet=quiet)
     plan = make_plan(loaded, allow_pickle=allow_pickle, shard_bytes=shard_bytes)
     try:
         # A method that takes whole tensors leaves the cores to linear algebra, and memory to one tensor at a time.
         workers = workers or (1 if plan.method.scope == "tensor" else min(4, os.cpu_count() or 1))
-        return _execute(plan, out, resume=resume, workers=workers, quiet=quiet)
+        beside = Companions(hashes, card, tokenizer)
+        return _execute(plan, out, beside, resume=resume, workers=workers, quiet=quiet)
     finally:
         plan.inputs.close()
 
 
-def _execute(plan: Plan, out: Path, *, resume: bool, workers: int, quiet: bool) -> MergeResult:
+def _compress(spec: MergeSpec, out: Path, *, overwrite: bool, allow_pickle: bool, quiet: bool) -> MergeResult:
+    """Write a merge as a small change of its base, of which no full checkpoint is made."""
+    from toolkit.merge.extract import run_extract
+
+    if spec.base_model is None:
+        raise spec.error([Problem("base_model", "required: the output is a change of it")])
+    options = spec.output.model_dump(by_alias=True, exclude_unset=True, exclude={"type"})
+    full = spec.model_copy(update={"output": OutputSpec()})
+    full.__pydantic_fields_set__.discard("output")
+    job = {"base": spec.base_model, "tuned": {"merged": full}, "as": spec.output.kind, "allow_pickle": allow_pickle}
+    result = run_extract(job | options, out, overwrite=overwrite, quiet=quiet)
+    return MergeResult(result.numbers, result.tables, out)
+
+
+def _execute(plan: Plan, out: Path, beside: Companions, *, resume: bool, workers: int, quiet: bool) -> MergeResult:
     started = time.perf_counter()
     with locked(staging_path(out)) as partial:
         journal = Journal(partial / JOURNAL, plan.fingerprint())
@@ -120,10 +145,11 @@ def _execute(plan: Plan, out: Path, *, resume: bool, workers: int, quiet: bool) 
         finally:
             writer.close()
             journal.close()
-        _write_companions(plan, partial)
+        bad = sorted(name for name, finite in done.items() if not finite)
+        beside.write(plan, partial, bad)
         (partial / JOURNAL).unlink()
         commit(partial, out)
-    return _result(plan, out, sorted(n for n, finite in done.items() if not finite), time.perf_counter() - started)
+    return _result(plan, out, bad, time.perf_counter() - started)
 
 
 def _run_jobs(
@@ -161,7 +187,7 @@ class _Worker:
         return self._copy(job) if job.action == "copy" else self._merge(job)
 
     def _copy(self, job: Job) -> bool:
-        same = job.donor.info.dtype == job.tensor.dtype
+        same = job.donor.info.dtype == job.tensor.dtype and job.donor.is_stored
         finite = True
         for start, stop in chunks(job.tensor.shape):
             if same:
@@ -169,8 +195,8 @@ class _Worker:
             else:
                 values = self._scratch().base(stop - start)
                 job.donor.read(start, stop, values)
-                finite &= bool(np.isfinite(values).all())
                 raw = encode(values, job.tensor.dtype)
+            finite = finite and all_finite(raw, job.tensor.dtype)
             self.writer.write(job.tensor.name, start, raw)
         return finite
 
@@ -178,8 +204,9 @@ class _Worker:
         finite = True
         stream = Stream(job, self.method, self._scratch(), self.surveyed.get(job.tensor.name))
         for start, merged in stream.merged():
-            finite &= bool(np.isfinite(merged).all())
-            self.writer.write(job.tensor.name, start, encode(merged, job.tensor.dtype))
+            raw = encode(merged, job.tensor.dtype)
+            finite = finite and all_finite(raw, job.tensor.dtype)
+            self.writer.write(job.tensor.name, start, raw)
         return finite
 
     def _scratch(self) -> Scratch:
@@ -253,38 +280,29 @@ class Journal:
             raise OutputError(f"{self.path}: {error.strerror}") from None
 
 
-def _write_companions(plan: Plan, partial: Path) -> None:
-    donor = plan.inputs.donor
-    write_config(donor, partial, plan.dtype, plan.config)
-    if donor.folder:
-        copy_companions(donor.folder, partial)
-    write_tokenizer(partial, plan.tokenizer, plan.template)
-    spec = plan.spec
-    sources = list(dict.fromkeys(model.weights.source for model in plan.inputs.models))
-    base = spec.model_dump()["base_model"]
-    write_card(
-        partial,
-        f"{plan.method.name} merge of {len(plan.inputs.models)} models",
-        f"Merged from {', '.join(f'`{s}`' for s in sources)}" + (f" on the base `{base}`." if base else "."),
-        tags=["merge", plan.method.name],
-        base=[base] if base else sources,
-        spec=spec.model_dump(mode="json", by_alias=True, exclude_defaults=True),
-        details=_inputs_table(plan).to_markdown(),
-    )
+def _non_finite_inputs(plan: Plan, tensors: Sequence[str]) -> dict[str, list[str]]:
+    """Name the inputs of tensors that came out with NaN or infinity which hold some themselves."""
+    found: dict[str, list[str]] = {}
+    for job in plan.jobs:
+        if job.tensor.name in tensors:
+            places = {job.donor, *(source.place for source in job.sources), *((job.base,) if job.base else ())}
+            for place in sorted(places, key=lambda p: p.checkpoint.source):
+                if not _is_finite(place):
+                    found.setdefault(place.checkpoint.source, []).append(place.name)
+    return found
 
 
-def _inputs_table(plan: Plan) -> Table:
-    rows = []
-    for model in plan.inputs.models:
-        adapter = model.adapter
-        what = adapter.describe() if adapter else f"{len(model.weights.tensors)} tensors"
-        size = adapter.nbytes if adapter else model.weights.nbytes
-        rows.append([model.weights.source, what, human_bytes(size)])
-    return Table(("input", "kind", "size"), rows)
+def _is_finite(place: Place) -> bool:
+    for start, stop in chunks(place.info.shape):
+        values = np.empty(stop - start, np.float32)
+        place.read(start, stop, values)
+        if not np.isfinite(values).all():
+            return False
+    return True
 
 
-def _result(plan: Plan, out: Path, non_finite: Iterable[str], seconds: float) -> MergeResult:
-    bad = list(non_finite)
+def _result(plan: Plan, out: Path, non_finite: Sequence[str], seconds: float) -> MergeResult:
+    inputs = _non_finite_inputs(plan, non_finite) if non_finite else {}
     numbers = {
         "path": str(out),
         "method": plan.method.name,
@@ -292,7 +310,8 @@ def _result(plan: Plan, out: Path, non_finite: Iterable[str], seconds: float) ->
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
         "seconds": round(seconds, 3),
-        "non_finite": bad,
+        "non_finite": list(non_finite),
+        "non_finite_inputs": inputs,
     }
     rows = [
         ["method", plan.method.name],
@@ -301,6 +320,11 @@ def _result(plan: Plan, out: Path, non_finite: Iterable[str], seconds: float) ->
         ["written", human_bytes(plan.write_bytes)],
         ["seconds", f"{seconds:.2f}"],
     ]
-    if bad:
-        rows.append(["NaN or infinity in", ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")])
-    return MergeResult(numbers, [Table(("merge", str(out)), rows)], out, bad)
+    if non_finite:
+        rows.append(["NaN or infinity in", _some(non_finite)])
+        rows += [["as in the input", f"{source}: {_some(names)}"] for source, names in inputs.items()]
+    return MergeResult(numbers, [Table(("merge", str(out)), rows)], out, non_finite, inputs)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

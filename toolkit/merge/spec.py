@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, field_validator, model_validator
+from typing_extensions import override
 
-from toolkit.specs import Spec
+from toolkit.errors import Problem, SpecError
+from toolkit.specs import Document, Size, Spec, path_text
 
 
-def _model(value: Any) -> Any:
+def _loose(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, str) or hasattr(value, "state_dict"):
         return value
-    raise ValueError("a model is a path, a hub id, or a transformers model")
+    raise ValueError("a model is a path, a hub id, a transformers model, or a merge of its own")
 
+
+PlainModel = Annotated[
+    Any, BeforeValidator(_loose), PlainSerializer(lambda m: m if isinstance(m, str) else type(m).__name__)
+]
+"""A folder, a hub id, `base+adapter`, `FOLDER#TASK` of compressed deltas, or a transformers model in memory."""
 
 Model = Annotated[
-    Any, BeforeValidator(_model), PlainSerializer(lambda m: m if isinstance(m, str) else type(m).__name__)
+    Annotated["MergeSpec", Tag("merge")] | Annotated[PlainModel, Tag("model")],
+    Discriminator(lambda value: "merge" if isinstance(value, Mapping | MergeSpec) else "model"),
 ]
-"""A folder, a hub id, `base+adapter`, or a transformers model in memory."""
+"""One of them, or a merge, which is computed as it is read."""
 
 
 def _none_is_empty(value: Any) -> Any:
@@ -106,7 +115,7 @@ class TokenRow(Spec):
     """
 
     kind: Literal["model_token", "zero"]
-    model: Model | None = None
+    model: PlainModel | None = None
     token: str | None = None
     token_id: Annotated[int, Field(ge=0)] | None = None
 
@@ -127,7 +136,7 @@ class TokenSpec(Spec):
         force: use it for the others as well.
     """
 
-    source: TokenRow | Model | None = None
+    source: TokenRow | PlainModel | None = None
     force: bool = False
 
 
@@ -154,13 +163,22 @@ class OutputSpec(Spec):
     """What a merge writes.
 
     Attributes:
-        type: `checkpoint`, or `adapter` for one LoRA folder (every input a LoRA of the base).
-        rank: of the LoRA; by default the sum of the inputs' ranks, which is exact for methods that add deltas;
-            `full` keeps every singular value.
+        type: `checkpoint`; `adapter` for one LoRA folder (every input a LoRA of the base); or `compressed` for a small
+            change of the base, as `toolkit extract` makes it.
+        kind: `as` in a spec; of `compressed`: `bit`, `svd` or `lora`.
+        rank: of a LoRA, or of a compressed change's pairs. Of an `adapter` by default the sum of the inputs' ranks,
+            which is exact for methods that add deltas; `full` keeps every singular value.
+        energy: of `compressed`: instead of a rank, the share of each change's squared norm that is kept.
+        budget: of `compressed`: instead, bytes of all that is written, such as `20MB`.
+        scale: of `compressed` as `bit`: one per `row` or one per `tensor`.
     """
 
-    type: Literal["checkpoint", "adapter"] = "checkpoint"
+    type: Literal["checkpoint", "adapter", "compressed"] = "checkpoint"
+    kind: Literal["bit", "svd", "lora"] = Field(default="bit", alias="as")
     rank: int | Literal["full"] | None = None
+    energy: float | None = None
+    budget: Size | None = None
+    scale: Literal["row", "tensor"] = "row"
 
     @field_validator("rank")
     @classmethod
@@ -168,6 +186,14 @@ class OutputSpec(Spec):
         if isinstance(value, int) and value < 1:
             raise ValueError("a rank is at least 1")
         return value
+
+    @model_validator(mode="after")
+    def _fitting(self) -> OutputSpec:
+        own = {"kind", "energy", "budget", "scale"} & self.model_fields_set
+        if self.type != "compressed" and own:
+            key = sorted("as" if name == "kind" else name for name in own)[0]
+            raise ValueError(f"{key} is an option of type compressed, not of {self.type}")
+        return self
 
 
 class MergeSpec(Spec):
@@ -181,6 +207,7 @@ class MergeSpec(Spec):
         base_model: what deltas are taken from; donor of config and tokenizer.
         parameters: the method's parameters; a model's own take precedence. A value is a number, a list of
             anchors spread over the layers, or a list of `{filter, value}`.
+        seed: of methods that draw random numbers, where their parameters name none.
         dtype: dtype of the output, when `out_dtype` is not given. All arithmetic is float32.
         out_dtype: dtype of the output; by default each tensor keeps the donor's.
         tokenizer: of the output, where the models' vocabularies differ or tokens are added; embeddings and heads are
@@ -197,12 +224,32 @@ class MergeSpec(Spec):
     modules: Annotated[dict[str, ModuleSpec], Field(min_length=1)] | None = None
     base_model: Model | None = None
     parameters: Parameters = Field(default_factory=dict)
+    seed: int | None = None
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer: TokenizerSpec | None = None
     tokenizer_source: str | None = None
     chat_template: str | None = None
     output: OutputSpec = OutputSpec()
+
+    @classmethod
+    @override
+    def join(cls, documents: Sequence[Document]) -> Document:
+        """Put each named document in the place of its name in the later ones, as mergekit-multi does."""
+        known: dict[str, Document] = {}
+        unused: dict[str, int] = {}
+        for data, lines in documents[:-1]:
+            name = data.pop("name", None)
+            if not isinstance(name, str) or not name:
+                raise SpecError([Problem("name", "required in each document but the last", lines.get("", 1))])
+            if name in known:
+                raise SpecError([Problem("name", f"two documents are called {name!r}", lines["name"])])
+            known[name] = _with_merges((data, lines), known, unused)
+            unused[name] = lines["name"]
+        last = _with_merges(documents[-1], known, unused)
+        if unused:
+            raise SpecError([Problem("name", f"no later document merges {n!r}", line) for n, line in unused.items()])
+        return last
 
     @property
     def wanted_tokenizer(self) -> TokenizerSpec | None:
@@ -217,3 +264,26 @@ class MergeSpec(Spec):
         if len(given) != 1:
             raise ValueError(f"give one of models, slices and modules, got {' and '.join(given) or 'none'}")
         return self
+
+
+def _with_merges(document: Document, known: Mapping[str, Document], unused: dict[str, int]) -> Document:
+    """Put merges in the place of their names wherever a document names a model; takes them out of `unused`."""
+    data, lines = document[0], dict(document[1])
+
+    def replaced(here: Any, trail: tuple[str | int, ...]) -> Any:
+        if isinstance(here, dict):
+            return {key: replaced(inner, (*trail, key)) for key, inner in here.items()}
+        if isinstance(here, list):
+            return [replaced(inner, (*trail, i)) for i, inner in enumerate(here)]
+        if not trail or trail[-1] not in ("model", "base_model") or here not in known:
+            return here
+        unused.pop(here, None)
+        merge, inside = known[here]
+        lines.update({f"{path_text(trail)}.{where}": line for where, line in inside.items() if where})
+        return merge
+
+    return replaced(data, ()), lines
+
+
+for _spec in (InputSpec, SourceSpec, SliceSpec, ModuleSpec, MergeSpec):
+    _spec.model_rebuild()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, cached_property
 from itertools import dropwhile, islice
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -82,16 +82,40 @@ class Stream:
 
     def merged(self) -> Iterator[tuple[int, Floats]]:
         """Yield `(start, [N])`, the merged weights before they are rounded."""
-        state = self.method.prepare(self, self.job.params) if self.method.prepare else None
+        for start, stop in self.ranges():
+            yield start, self.merged_slice(start, stop)
         if self.method.scope == "tensor":
-            whole = self._combine(self._whole(), state, 0)
-            for start, stop in self.ranges():
-                yield start, self._on_base(whole[start:stop], self._read_base(start, stop))
             self.scratch.shrink()
-            return
-        for start, x in self.stacked():
-            base = self.scratch.base(x.shape[1]) if self.is_delta else None
-            yield start, self._on_base(self._combine(x, state, start), base)
+
+    def merged_slice(self, start: int, stop: int) -> Floats:
+        """Return elements `start` to `stop` of the merged weights, `[N]`, which are overwritten by the next slice."""
+        if self.method.scope == "tensor":
+            return self._on_base(self._whole[start:stop].copy(), self._read_base(start, stop))
+        first, last = (start, stop) if self.method.scope == "element" else self._rows_around(start, stop)
+        state = self.state  # before the buffer is taken: finding it uses the same one
+        x = self.scratch.stack(self.num_models, last - first)
+        self._read_all(first, last, x)
+        base = self.scratch.base(last - first) if self.is_delta else None
+        return self._on_base(self._combine(x, state, first), base)[start - first : stop - first]
+
+    def _rows_around(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the smallest range of whole rows that holds a slice."""
+        row = max(1, self.shape[-1] if self.shape else 1)
+        return start // row * row, -(-stop // row) * row
+
+    @cached_property
+    def state(self) -> Any:
+        """What the method must know of the whole tensor first."""
+        return self.method.prepare(self, self.job.params) if self.method.prepare else None
+
+    @cached_property
+    def _whole(self) -> Floats:
+        """The merged deltas or weights of the whole tensor, `[count]`."""
+        state = self.state
+        x = self.scratch.stack(self.num_models, prod(self.shape))
+        for start, stop in self.ranges():
+            self._read_all(start, stop, x[:, start:stop])
+        return self._combine(x, state, 0)
 
     def _combine(self, x: Floats, state: object, start: int) -> Floats:
         """Run the method on `x` `[M, N]` in the shape that its scope promises."""
@@ -100,12 +124,6 @@ class Stream:
         elif self.method.scope == "row":
             x = x.reshape(self.num_models, -1, self.shape[-1] if self.shape else 1)
         return self.method.combine(x, self.job.params, state, start).reshape(-1)
-
-    def _whole(self) -> Floats:
-        x = self.scratch.stack(self.num_models, prod(self.shape))
-        for start, stop in self.ranges():
-            self._read_all(start, stop, x[:, start:stop])
-        return x
 
     def _read_all(self, start: int, stop: int, x: Floats) -> None:
         base = self._read_base(start, stop)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,23 @@ class VocabularyView(Checkpoint):
         if info.name not in self.mapped:
             return info
         return replace(info, shape=(self.vocabulary.size, *info.shape[1:]))
+
+    @override
+    def is_stored(self, name: str) -> bool:
+        return self._stored(name) not in self.mapped and self.inner.is_stored(name)
+
+    @override
+    def read_bytes(self, name: str) -> int:
+        return self.inner.read_bytes(name)
+
+    @override
+    def files(self) -> set[Path]:
+        return self.inner.files()
+
+    @property
+    @override
+    def buffer_bytes(self) -> int:
+        return self.inner.buffer_bytes
 
     @override
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:

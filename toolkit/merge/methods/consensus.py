@@ -90,7 +90,7 @@ def combine(x: Floats, params: Params, state: State, start: int) -> Floats:
     return np.multiply(merged, np.float32(params.scale), out=merged)
 
 
-def coefficients(params: Params) -> list[float] | None:
+def coefficients(params: Params, state: object = None) -> list[float] | None:
     """Return the factor of each model's delta where nothing is masked nor trimmed."""
     if params.k or params.aggregate == "ties":
         return None

@@ -43,7 +43,7 @@ def combine(x: Floats, params: Params, state: None, start: int) -> Floats:
     return total
 
 
-def coefficients(params: Params) -> list[float] | None:
+def coefficients(params: Params, state: object = None) -> list[float] | None:
     """Return the factor of each model's delta; a sum that is not normalized scales the base as well."""
     if not idempotent(params):
         return None

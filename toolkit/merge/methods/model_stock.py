@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
-from toolkit.merge.ops import cosines, gram
+from toolkit.merge.ops import cosines, gram, weighted_sum
 
 TAKES = "deltas"
 MODELS = (2, None)
@@ -34,18 +34,25 @@ class Params(MethodParams):
     filter_wise: bool = False
 
 
-def prepare(tensor: TensorStream, params: Params) -> NDArray[np.float64] | None:
-    """Return `t` of the whole tensor, `None` where every row has its own."""
-    return None if params.filter_wise else _ratio(gram(tensor))
+def prepare(tensor: TensorStream, params: Params) -> list[float] | None:
+    """Return the factor of each delta of the whole tensor, `None` where every row has its own."""
+    if params.filter_wise:
+        return None
+    return [float(_ratio(gram(tensor))) / tensor.num_models] * tensor.num_models
 
 
-def combine(x: Floats, params: Params, state: NDArray[np.float64] | None, start: int) -> Floats:
+def combine(x: Floats, params: Params, state: list[float] | None, start: int) -> Floats:
     """Merge some rows of deltas `[M, R, K]`."""
-    ratio = _ratio(_gram_of_rows(x)) if state is None else state
-    total = x[0]
-    for delta in x[1:]:
-        np.add(total, delta, out=total)
+    if state is not None:
+        return weighted_sum(x, state)
+    ratio = _ratio(_gram_of_rows(x))
+    total = weighted_sum(x, [1.0] * len(x))
     return np.multiply(total, (ratio / len(x)).astype(np.float32)[..., None], out=total)
+
+
+def coefficients(params: Params, state: list[float] | None) -> list[float] | None:
+    """Return the factor of each model's delta; rows have no common one."""
+    return state
 
 
 def _ratio(products: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -59,6 +59,11 @@ def prepare(tensor: TensorStream, params: Params) -> list[float]:
     return np.divide(norm * weights / length, norms, out=np.zeros_like(norms), where=norms > 0).tolist()
 
 
+def coefficients(params: Params, state: list[float]) -> list[float]:
+    """Return the factor of each model's delta."""
+    return state
+
+
 def combine(x: Floats, params: Params, state: list[float], start: int) -> Floats:
     """Add one chunk `[M, N]`."""
     return weighted_sum(x, state)

@@ -72,6 +72,11 @@ def combine(x: Floats, params: Params, state: Floats | None, start: int) -> Floa
     return np.add(x[0], x[1], out=x[0])
 
 
+def coefficients(params: Params, state: Floats | None) -> list[float] | None:
+    """Return the factors of the two deltas, where they are those of the whole tensor."""
+    return state[:, 0].tolist() if params.nuslerp_flatten and state is not None else None
+
+
 def _factors(sums: NDArray[np.float64], weight: tuple[float, ...]) -> Floats:
     """Return the factors `[2, ...]` from the inner products `a.b`, `a.a` and `b.b`, `[3, ...]`."""
     dot, square_a, square_b = sums

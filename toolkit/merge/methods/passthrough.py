@@ -26,7 +26,7 @@ def combine(x: Floats, params: Params, state: None, start: int) -> Floats:
     return np.multiply(x[0], np.float32(params.scale[0]), out=x[0])
 
 
-def coefficients(params: Params) -> list[float] | None:
+def coefficients(params: Params, state: object = None) -> list[float] | None:
     """Return the factor of the delta; another scale than 1 scales the base as well."""
     return [1.0] if idempotent(params) else None
 

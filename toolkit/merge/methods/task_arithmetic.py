@@ -35,7 +35,7 @@ def combine(x: Floats, params: Params, state: None, start: int) -> Floats:
     return weighted_sum(x, np.asarray(coefficients(params)).tolist())
 
 
-def coefficients(params: Params) -> list[float]:
+def coefficients(params: Params, state: object = None) -> list[float]:
     """Return the factor of each model's delta."""
     total = sum(params.weight)
     scale = params.scale / total if params.normalize and total else params.scale
