@@ -22,6 +22,8 @@ from toolkit.jobs.evaluate import evaluate
 from toolkit.jobs.quickstart import NEXT, quickstart
 from toolkit.jobs.recipe import run_recipe
 from toolkit.jobs.route import evaluate_router
+from toolkit.jobs.search.run import search
+from toolkit.merge.moe.build import build_moe
 from toolkit.merge.run import merge
 from toolkit.routing.router import fit_router
 from toolkit.serving.serve import open_engine
@@ -62,6 +64,8 @@ def run_by_kind(path: Path, out: Path) -> None:
         serve_smoke(path, out)
     elif path.name == "evaluate.yaml":
         evaluate_router(path, out, smoke=True, quiet=True)
+    elif path.name in ("moe.yaml", "search.yaml"):
+        {"moe.yaml": build_moe, "search.yaml": search}[path.name](path, out, smoke=True, quiet=True)
     else:
         jobs = {
             "merge": merge,
@@ -188,4 +192,4 @@ def test_notebook_uses_every_public_function():
 
     source = (ROOT / "notebooks" / "tour.ipynb").read_text()
     unused = {n for n in toolkit.__all__ if n[0].islower() and f"toolkit.{n}(" not in source}
-    assert unused <= {"load_model", "load_router", "quickstart", "serve"}, unused
+    assert unused <= {"align", "load_model", "load_router", "quickstart", "serve"}, unused

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from toolkit.adapters.train import train
+    from toolkit.jobs.align import align
     from toolkit.jobs.evaluate import evaluate
     from toolkit.jobs.inspect import inspect
     from toolkit.jobs.quickstart import quickstart
     from toolkit.jobs.recipe import run_recipe as run
     from toolkit.jobs.route import evaluate_router, explain_route
+    from toolkit.jobs.search.run import search
     from toolkit.jobs.skills import write_skills
     from toolkit.merge.extract import extract
+    from toolkit.merge.moe.build import build_moe
     from toolkit.merge.plan import make_plan as plan_merge
+    from toolkit.merge.record import verify as verify_merge
     from toolkit.merge.run import merge
     from toolkit.models.load import load_model
     from toolkit.routing.router import Router, fit_router, load_router
@@ -29,7 +33,9 @@ _PUBLIC = {
     "Engine": "toolkit.serving.engine:Engine",
     "Router": "toolkit.routing.router:Router",
     "Sampling": "toolkit.serving.request:Sampling",
+    "align": "toolkit.jobs.align:align",
     "background_server": "toolkit.serving.serve:background_server",
+    "build_moe": "toolkit.merge.moe.build:build_moe",
     "evaluate": "toolkit.jobs.evaluate:evaluate",
     "evaluate_router": "toolkit.jobs.route:evaluate_router",
     "explain_route": "toolkit.jobs.route:explain_route",
@@ -42,8 +48,10 @@ _PUBLIC = {
     "plan_merge": "toolkit.merge.plan:make_plan",
     "quickstart": "toolkit.jobs.quickstart:quickstart",
     "run": "toolkit.jobs.recipe:run_recipe",
+    "search": "toolkit.jobs.search.run:search",
     "serve": "toolkit.serving.serve:serve",
     "train": "toolkit.adapters.train:train",
+    "verify_merge": "toolkit.merge.record:verify",
     "write_skills": "toolkit.jobs.skills:write_skills",
 }
 
@@ -51,7 +59,9 @@ __all__ = [
     "Engine",
     "Router",
     "Sampling",
+    "align",
     "background_server",
+    "build_moe",
     "evaluate",
     "evaluate_router",
     "explain_route",
@@ -64,8 +74,10 @@ __all__ = [
     "plan_merge",
     "quickstart",
     "run",
+    "search",
     "serve",
     "train",
+    "verify_merge",
     "write_skills",
 ]
 

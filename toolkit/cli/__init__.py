@@ -10,7 +10,21 @@ from collections.abc import Sequence
 
 import typer
 
-from toolkit.cli import evaluate, extract, inspect, merge, quickstart, recipe, route, serve, skills, train
+from toolkit.cli import (
+    align,
+    evaluate,
+    extract,
+    inspect,
+    merge,
+    moe,
+    quickstart,
+    recipe,
+    route,
+    search,
+    serve,
+    skills,
+    train,
+)
 from toolkit.errors import SpecError, ToolkitError
 
 FAILED, WRONG_SPEC = 1, 2
@@ -26,7 +40,10 @@ app = typer.Typer(
 app.command("quickstart")(quickstart.quickstart)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
+app.command("search")(search.search)
 app.command("extract")(extract.extract)
+app.command("moe")(moe.moe)
+app.command("align")(align.align)
 app.add_typer(route.app, name="route")
 app.command("serve")(serve.serve)
 app.command("evaluate")(evaluate.evaluate)

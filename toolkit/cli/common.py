@@ -69,6 +69,16 @@ def with_trust(overrides: Sequence[str], trusted: bool, key: str = "trust_remote
     return [*overrides, *([f"{key}=true"] if trusted else [])]
 
 
+def size(text: str, option: str) -> int:
+    """Read the bytes that an option names, such as 5GB."""
+    from toolkit.specs import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise SpecError(f"{option} {text!r}: {error}") from None
+
+
 def without_none(**values: Any) -> dict[str, Any]:
     """Return the options that were given."""
     return {name: value for name, value in values.items() if value is not None}

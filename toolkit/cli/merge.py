@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from toolkit.cli.common import Json, Overwrite, Quiet, Resume, Set, Smoke, show, show_tables
+from toolkit.cli.common import Json, Overwrite, Quiet, Resume, Set, Smoke, show, show_tables, size
 from toolkit.errors import SpecError
 
 _SAME = "Called as in mergekit-yaml"
@@ -82,7 +82,7 @@ def merge(
 
     seed = [] if random_seed is None else [f"seed={random_seed}"]
     options: dict[str, Any] = {"overrides": [*seed, *set_], "smoke": smoke, "allow_pickle": allow_pickle}
-    options["shard_bytes"] = _bytes(shard_size)
+    options["shard_bytes"] = size(shard_size, "--shard-size")
     if dry_run:
         plan = make_plan(spec, **options)
         plan.inputs.close()
@@ -112,12 +112,3 @@ def _verify(folder: Path, allow_pickle: bool, json: bool, quiet: bool) -> None:
     show(result, json)
     if not result.numbers["equal"]:
         raise typer.Exit(1)
-
-
-def _bytes(text: str) -> int:
-    from toolkit.specs import parse_bytes
-
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise SpecError(f"--shard-size {text!r}: {error}") from None

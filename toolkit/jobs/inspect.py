@@ -1,58 +1,191 @@
-"""Say what a checkpoint, an adapter or a router holds, and whether several fit together."""
+"""Say what checkpoints, adapters, compressed deltas and routers hold, whether they fit, and how their deltas differ."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoints.adapters import Adapter, is_adapter, open_adapter
-from toolkit.checkpoints.deltas import AdapterDelta
-from toolkit.checkpoints.headers import TensorInfo
-from toolkit.checkpoints.layout import Layout, role_of
+from toolkit.checkpoints.compressed import Compressed, CompressedDelta, is_compressed, open_compressed, split_task
+from toolkit.checkpoints.deltas import AdapterDelta, Delta, DenseDelta
 from toolkit.checkpoints.locate import locate
 from toolkit.checkpoints.reader import Checkpoint, open_checkpoint, read_json
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, SpecError, UnsupportedError
+from toolkit.jobs import describe
+from toolkit.jobs.conflicts import numbers_of, tables_of
+from toolkit.jobs.describe import Thing, fine_tunes
+from toolkit.merge.compare import compare
+from toolkit.merge.conflicts import Comparison
 from toolkit.models.load import LoadedModel
 from toolkit.routing.router import Router
-from toolkit.tables import Cell, Report, Table, human_bytes, human_count
+from toolkit.tables import Cell, Report, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RANKS = (1, 8, 16)
+"""Ranks at which the energy of deltas is measured where none are asked for."""
 
 
 @dataclass(frozen=True)
 class Inspection(Report):
-    """What was found; `numbers["compatible"]` tells whether several models fit together."""
+    """What was found; `numbers["compatible"]` tells whether several models fit together.
+
+    Attributes:
+        comparison: of the deltas, where they were measured.
+    """
+
+    comparison: Comparison | None = None
+
+    def figure(self) -> Figure:
+        """Draw the deltas.
+
+        Raises:
+            UnsupportedError: they were not measured, or matplotlib is not installed.
+        """
+        from toolkit.jobs.plots import check_matplotlib, draw
+
+        if self.comparison is None:
+            raise UnsupportedError("no deltas were measured; pass deltas=True, or base=")
+        check_matplotlib()
+        return draw(self.comparison)
 
 
-def inspect(*sources: Any, allow_pickle: bool = False) -> Inspection:
-    """Describe models, adapters and routers from their headers; compare the second and later ones with the first.
+def inspect(
+    *sources: Any,
+    base: Any = None,
+    deltas: bool = False,
+    energy: bool = True,
+    ranks: Sequence[int] | None = None,
+    plot: str | Path | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    quiet: bool = False,
+) -> Inspection:
+    """Describe models and changes of them, compare them with the first, and measure what they changed of a base.
+
+    Headers alone are read, unless `base`, `deltas`, `ranks` or `plot` asks to measure. Then every delta from the base
+    is read once, and once more for its singular values; see `toolkit.merge.conflicts` for what is measured. What does
+    not fit the base is not measured.
 
     Args:
         sources: folders, files, hub ids, transformers models, pairs `(model, tokenizer)`, or routers.
+        base: of the deltas, put before the sources; without it the first source, or the base that it names.
+        deltas: measure them.
+        energy: measure how much of them the top ranks hold, which needs the singular values of every matrix.
+        ranks: at which to measure that; 1, 8 and 16 by default.
+        plot: file to draw them into: `.png`, `.svg` or `.pdf`.
+        overwrite: replace `plot` if it exists.
         allow_pickle: also read pickled checkpoints, with `weights_only`.
+        quiet: show no progress.
 
     Raises:
-        ToolkitError: one of them is missing or broken.
+        ToolkitError: one of them is missing or broken, nothing can be measured, or the plot cannot be written.
     """
-    opened = [_open(source, allow_pickle) for source in sources]
-    tables = [table for thing in opened for table in _describe(thing)]
-    numbers: dict[str, Any] = {"sources": [_numbers(thing) for thing in opened]}
+    measured = deltas or any(option is not None for option in (base, ranks, plot))
+    wanted = _wanted_ranks(ranks, energy)
+    target = Path(plot) if plot is not None else None
+    if target:
+        from toolkit.jobs.plots import check_plot
+
+        check_plot(target, overwrite=overwrite)
+    with ExitStack() as stack:
+        opened = _open_all(base, sources, allow_pickle, stack)
+        if measured:
+            opened = _with_base(opened, base is not None, allow_pickle, stack)
+        report = _describe_all(opened)
+        comparison = _measure(opened, wanted, quiet) if measured else None
+    if comparison is None:
+        return Inspection(report.numbers, report.tables)
+    if target:
+        from toolkit.jobs.plots import save_plot
+
+        save_plot(comparison, target)
+    numbers = {**report.numbers, "deltas": numbers_of(comparison)}
+    return Inspection(numbers, [*report.tables, *tables_of(comparison)], comparison)
+
+
+def _wanted_ranks(ranks: Sequence[int] | None, energy: bool) -> Sequence[int]:
+    if ranks is None:
+        return RANKS if energy else ()
+    if not energy:
+        raise SpecError("ranks: are of the energy, which is not to be measured")
+    bad = [rank for rank in ranks if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1]
+    if bad or not ranks:
+        given = bad[0] if bad else "none"
+        raise SpecError(f"ranks: expected whole numbers above 0, such as 1, 8 and 16, got {given}")
+    return ranks
+
+
+def _open_all(base: Any, sources: Sequence[Any], allow_pickle: bool, stack: ExitStack) -> list[Thing]:
+    """Open everything, the base first; as in a merge, the base among the models takes no part."""
+    others = [source for source in sources if base is None or not _same(source, base)]
+    opened: list[Thing] = []
+    for source in others if base is None else [base, *others]:
+        opened.append(_open(source, allow_pickle))
+        if not isinstance(opened[-1], dict):
+            stack.callback(opened[-1].close)
+    return opened
+
+
+def _same(source: Any, base: Any) -> bool:
+    return source is base or (
+        isinstance(source, str | Path) and isinstance(base, str | Path) and str(source) == str(base)
+    )
+
+
+def _with_base(opened: Sequence[Thing], named: bool, allow_pickle: bool, stack: ExitStack) -> list[Thing]:
+    """Return the base of the deltas and the models: the first, or, unless the user named it, the one that it names."""
+    if not opened or isinstance(opened[0], Checkpoint):
+        return [*opened]
+    first = opened[0]
+    if isinstance(first, Adapter | Compressed) and first.base_model and not named:
+        return [stack.enter_context(open_checkpoint(first.base_model, allow_pickle=allow_pickle)), *opened]
+    source = first["source"] if isinstance(first, dict) else first.source
+    raise UnsupportedError(
+        f"{source}: no full model, which deltas are taken from; put one first, or name it with --base"
+    )
+
+
+def _describe_all(opened: Sequence[Thing]) -> Report:
+    tables = [describe.table_of(thing) for thing in opened]
+    numbers: dict[str, Any] = {"sources": [describe.numbers_of(thing) for thing in opened]}
     if len(opened) > 1:
         faults = [fault for other in opened[1:] for fault in _misfits(opened[0], other)]
         numbers |= {"compatible": not faults, "faults": faults}
         rows: list[list[Cell]] = [[fault] for fault in faults] or [["all fit together"]]
         tables.append(Table(("compatible: " + ("no" if faults else "yes"),), rows))
-    for thing in opened:
-        if isinstance(thing, Checkpoint | Adapter):
-            thing.close()
-    return Inspection(numbers, tables)
+    return Report(numbers, tables)
 
 
-_Thing = Checkpoint | Adapter | dict[str, Any]
+def _measure(opened: Sequence[Thing], ranks: Sequence[int], quiet: bool) -> Comparison | None:
+    """Measure the deltas that fit the first of the models; `None` if none does."""
+    if len(opened) < 2:
+        raise UnsupportedError("deltas are taken of models and adapters besides the base; name at least one")
+    base, *others = opened
+    assert isinstance(base, Checkpoint)
+    fitting = [delta for other in others if not _misfits(base, other) for delta in _deltas(base, other)]
+    return compare(base, fitting, ranks, quiet=quiet) if fitting else None
 
 
-def _open(source: Any, allow_pickle: bool) -> _Thing:
+def _deltas(base: Checkpoint, other: Thing) -> list[Delta]:
+    """Return what a model, an adapter or each of several compressed fine-tunes changed of a base.
+
+    Raises:
+        CheckpointError: a change that does not fit the base.
+    """
+    if isinstance(other, Checkpoint):
+        return [DenseDelta(base, other)]
+    if isinstance(other, Adapter):
+        return [AdapterDelta(base, other)]
+    assert isinstance(other, Compressed)
+    return [CompressedDelta(base, one) for one in ([other] if other.task else fine_tunes(other))]
+
+
+def _open(source: Any, allow_pickle: bool) -> Thing:
     if isinstance(source, Router):
         return {"source": "a router in memory", **source.to_dict()}
     if isinstance(source, LoadedModel):
@@ -60,7 +193,10 @@ def _open(source: Any, allow_pickle: bool) -> _Thing:
     elif isinstance(source, tuple) and source:
         source = source[0]
     if isinstance(source, str | Path):
-        path = locate(source)
+        place = split_task(str(source))[0]
+        path = locate(Path(place) if isinstance(source, Path) else place, allow_pickle=allow_pickle)
+        if is_compressed(path):
+            return open_compressed(source)
         if path.is_dir() and is_adapter(path):
             return open_adapter(source)
         if path.is_dir() and (path / "router.json").is_file():
@@ -68,87 +204,22 @@ def _open(source: Any, allow_pickle: bool) -> _Thing:
     return open_checkpoint(source, allow_pickle=allow_pickle)
 
 
-def _numbers(thing: _Thing) -> dict[str, Any]:
-    if isinstance(thing, Checkpoint):
-        return {
-            "source": thing.source,
-            "kind": "checkpoint",
-            "architecture": thing.architecture,
-            "parameters": thing.num_parameters,
-            "bytes": thing.nbytes,
-            "tensors": len(thing.tensors),
-            "layers": Layout(thing.tensors).num_layers,
-            "dtypes": dict(Counter(t.dtype.torch or t.dtype.name for t in thing.tensors.values())),
-            "shards": len({t.file for t in thing.tensors.values()}),
-        }
-    if isinstance(thing, Adapter):
-        return {
-            "source": thing.source,
-            "kind": "adapter",
-            "description": thing.describe(),
-            "base_model": thing.base_model,
-            "bytes": thing.nbytes,
-            "parameters": thing.store.num_parameters,
-            "ranks": {module: thing.rank(module) for module in thing.parts},
-            "whole": sorted(thing.whole),
-            "content_hash": thing.content_hash,
-        }
-    return {"kind": "router", **thing}
-
-
-def _describe(thing: _Thing) -> list[Table]:
-    if isinstance(thing, Checkpoint):
-        return [_checkpoint_table(thing)]
-    if isinstance(thing, Adapter):
-        return [_adapter_table(thing)]
-    rows: list[list[Cell]] = [
-        [key, ", ".join(map(str, v)) if isinstance(v, list) else str(v)] for key, v in thing.items()
-    ]
-    return [Table(("router", thing["source"]), rows)]
-
-
-def _checkpoint_table(checkpoint: Checkpoint) -> Table:
-    groups: dict[tuple[str, str], list[TensorInfo]] = {}
-    for info in checkpoint.tensors.values():
-        groups.setdefault((role_of(info.name), info.dtype.torch or info.dtype.name), []).append(info)
-    rows: list[list[Cell]] = [
-        [role, len(found), dtype, human_count(sum(t.count for t in found)), human_bytes(sum(t.nbytes for t in found))]
-        for (role, dtype), found in groups.items()
-    ]
-    total = [human_count(sum(t.count for t in checkpoint.tensors.values())), human_bytes(checkpoint.nbytes)]
-    rows.append(["all", len(checkpoint.tensors), "", *total])
-    numbers = _numbers(checkpoint)
-    layers = ", ".join(f"{stack} x {count}" for stack, count in numbers["layers"].items())
-    title = f"{checkpoint.source}: {numbers['architecture'] or 'checkpoint'}, {layers or 'no layers'}"
-    return Table(("role", "tensors", "dtype", "elements", "size"), rows, title)
-
-
-def _adapter_table(adapter: Adapter) -> Table:
-    groups: dict[tuple[str, int, float], list[str]] = {}
-    for module in adapter.parts:
-        groups.setdefault((module.rpartition(".")[2], adapter.rank(module), adapter.scale(module)), []).append(module)
-    rows: list[list[Cell]] = [[name, len(found), rank, f"{scale:g}"] for (name, rank, scale), found in groups.items()]
-    title = (
-        f"{adapter.source}: {adapter.describe()}, {human_bytes(adapter.nbytes)}, base {adapter.base_model or 'unknown'}"
-    )
-    return Table(("module", "layers", "rank", "scale"), rows, title)
-
-
-def _misfits(first: _Thing, other: _Thing) -> Sequence[str]:
+def _misfits(first: Thing, other: Thing) -> Sequence[str]:
     """Say why two things cannot be composed."""
     if isinstance(first, Checkpoint) and isinstance(other, Checkpoint):
         return _different_tensors(first, other)
-    if isinstance(first, Adapter) and isinstance(other, Checkpoint):
+    if isinstance(other, Checkpoint):
         first, other = other, first
-    if isinstance(first, Checkpoint) and isinstance(other, Adapter):
+    if isinstance(first, dict) or isinstance(other, dict):
+        return ["a router is not composed with weights"]
+    if isinstance(first, Checkpoint):
         try:
-            AdapterDelta(first, other)
+            _deltas(first, other)
         except CheckpointError as error:
             return [str(error)]
         return []
-    if isinstance(first, Adapter) and isinstance(other, Adapter):
-        return _different_adapters(first, other)
-    return ["a router is not composed with weights"]
+    assert not isinstance(other, Checkpoint)
+    return _different_changes(first, other)
 
 
 def _different_tensors(first: Checkpoint, other: Checkpoint) -> list[str]:
@@ -167,10 +238,12 @@ def _different_tensors(first: Checkpoint, other: Checkpoint) -> list[str]:
     return faults
 
 
-def _different_adapters(first: Adapter, other: Adapter) -> list[str]:
+def _different_changes(first: Adapter | Compressed, other: Adapter | Compressed) -> list[str]:
     faults = []
     if first.base_model and other.base_model and first.base_model != other.base_model:
         faults.append(f"{other.source} names the base {other.base_model}, {first.source} names {first.base_model}")
+    if isinstance(first, Compressed) or isinstance(other, Compressed):
+        return faults
     common = [module for module in first.parts if module in other.parts]
     different = next((m for m in common if first.shape(m) != other.shape(m)), None)
     if different:

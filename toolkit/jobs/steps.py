@@ -29,6 +29,8 @@ KINDS = {
     "corpus": Job("toolkit.jobs.corpus:write_corpus", "toolkit.jobs.corpus:CorpusSpec"),
     "train": Job("toolkit.adapters.train:train", "toolkit.adapters.spec:TrainSpec"),
     "merge": Job("toolkit.merge.run:merge", "toolkit.merge.spec:MergeSpec"),
+    "moe": Job("toolkit.merge.moe.build:build_moe", "toolkit.merge.moe.spec:MoeSpec"),
+    "search": Job("toolkit.jobs.search.run:search", "toolkit.jobs.search.spec:SearchSpec"),
     "extract": Job("toolkit.merge.extract:run_extract", "toolkit.merge.extract:ExtractSpec"),
     "route": Job("toolkit.routing.router:fit_router", "toolkit.routing.spec:RouteSpec"),
     "evaluate": Job("toolkit.jobs.evaluate:evaluate", "toolkit.evaluation.spec:EvaluateSpec"),
@@ -37,7 +39,7 @@ KINDS = {
 """Every job by its name."""
 
 
-RESUMABLE = ("train", "merge")
+RESUMABLE = ("train", "merge", "search")
 """Jobs that go on from where a kill left them."""
 
 

@@ -241,6 +241,10 @@ def make_plan(
     vocabulary = None
     if not found:
         inputs, vocabulary, found = unify(loaded, inputs)
+    if not found and loaded.align is not None:
+        from toolkit.merge.align.inputs import aligned  # whose sums few merges need
+
+        inputs, found = aligned(loaded, inputs)
     if not found:
         pieces, config, found = assemble(inputs)
         if not found:

@@ -196,6 +196,20 @@ class OutputSpec(Spec):
         return self
 
 
+class AlignSpec(Spec):
+    """How the units of the models are permuted to sit where the base, or else the first model, has the same ones.
+
+    Attributes:
+        seed: of the order in which groups of units take turns.
+        sweeps: most turns of all groups.
+        residual: permute the residual stream too, and not only hidden units and heads.
+    """
+
+    seed: int = 0
+    sweeps: Annotated[int, Field(ge=0)] = 50
+    residual: bool = True
+
+
 class MergeSpec(Spec):
     """A merge.
 
@@ -215,6 +229,7 @@ class MergeSpec(Spec):
         tokenizer_source: what mergekit's older specs call the tokenizer's source.
         chat_template: of the output: a template, the name of one (`chatml`, ...), or `auto` for the one that most
             models have; by default the donor's.
+        align: permute the units of models that share no base before they are merged; `{}` for the usual way.
         output: what to write.
     """
 
@@ -230,6 +245,7 @@ class MergeSpec(Spec):
     tokenizer: TokenizerSpec | None = None
     tokenizer_source: str | None = None
     chat_template: str | None = None
+    align: AlignSpec | None = None
     output: OutputSpec = OutputSpec()
 
     @classmethod
