@@ -54,6 +54,7 @@ class Arrays:
         self.name, self.shape, self.scope, self.surveyed = name, x.shape[1:], scope, surveyed
         self.num_models, self.count = x.shape[0], int(np.prod(self.shape))
         self.is_delta = True
+        self.statistics = None
 
     def stacked(self, every: int = 1, begin: int = 0) -> Iterator[tuple[int, np.ndarray]]:
         ranges = [r for r in chunks(self.shape, whole_rows=self.scope == "row") if r[1] > begin]
@@ -78,6 +79,7 @@ def run(method: str, x: np.ndarray, name: str = "layer.weight", **params: Any) -
     loaded = load_method(method)
     given = settings(method, params, len(x))
     tensor = Arrays(x, loaded.scope, name)
+    tensor.statistics = statistics_of(loaded.statistics, tensor.x)
     if loaded.survey:
         tensor.surveyed = loaded.survey([(tensor, given)])[0]
     state = loaded.prepare(tensor, given) if loaded.prepare else None
@@ -89,6 +91,31 @@ def run(method: str, x: np.ndarray, name: str = "layer.weight", **params: Any) -
         shaped = chunk.reshape(len(x), -1, width) if loaded.scope == "row" else chunk
         parts.append(loaded.combine(shaped, given, state, start).reshape(-1).copy())
     return np.concatenate(parts).reshape(x.shape[1:])
+
+
+class Measured:
+    """Statistics in memory, `[M, *shape]`."""
+
+    transposed = False
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values.astype(np.float32)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.values.reshape(len(self.values), -1)[:, start:stop].copy()
+
+    def whole(self) -> np.ndarray:
+        return self.values.copy()
+
+
+def statistics_of(kind: str | None, x: np.ndarray) -> Measured | None:
+    """Make up what data might say, from the models themselves, so that it goes with them."""
+    if kind == "fisher":
+        return Measured(np.square(x.astype(np.float64) / np.abs(x).max(initial=1e-30)))
+    if kind is not None and x.ndim == 3:
+        wide = x.astype(np.float64) / np.abs(x).max(initial=1e-30)
+        return Measured(wide.transpose(0, 2, 1) @ wide)
+    return None
 
 
 def reversed_params(params: Mapping[str, Any]) -> dict[str, Any]:

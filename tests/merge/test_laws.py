@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,13 @@ def content(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
+def write_rows(path: Path) -> Path:
+    path.write_text(
+        "".join(json.dumps({"prompt": f"say {word}", "completion": word}) + "\n" for word in ("one", "two"))
+    )
+    return path
+
+
 @pytest.mark.parametrize("method", NAMES)
 def test_same_bytes_however_a_merge_is_run(method, family, tmp_path):
     """One worker or two, one shard or many; and the output keeps the dtype, without overflow."""
@@ -123,6 +131,8 @@ def test_same_bytes_however_a_merge_is_run(method, family, tmp_path):
                 model.setdefault("parameters", {})[key] = own
         else:
             spec["parameters"][key] = value
+    if load_method(method).statistics:
+        spec["data"] = {"files": [str(write_rows(tmp_path / "rows.jsonl"))]}
     first = merge(spec, tmp_path / "first", quiet=True, workers=1)
     assert not first.non_finite
     assert content(first.path) == content(merge(spec, tmp_path / "again", quiet=True, workers=2).path)

@@ -16,6 +16,9 @@ A method is one module in `toolkit/merge/methods`. It declares
   LoRAs become one exactly; `None` where the parameters do not allow it;
 - at will, `idempotent(params) -> bool`: whether equal inputs give that input, true by default; tensors that no
   input changes are then copied;
+- at will, `STATISTICS`: what is measured of every model on data first: `"fisher"`, `"gram"` (inner products of what
+  enters linear layers) or `"merged_gram"` (the same above merged layers); they are `tensor.statistics`, `None` for
+  tensors that have none;
 - at will, `BASE_FIRST = True`: the base, where it is one of the models, is the first;
 - at will, `memory(shape, models) -> int`: bytes that `combine` allocates at most besides `x` and `y`, for methods of
   scope `"tensor"`.
@@ -31,6 +34,7 @@ from pydantic import model_validator
 
 from toolkit import names
 from toolkit.checkpoints.dtypes import Floats
+from toolkit.merge.statistics.files import Statistics
 from toolkit.specs import Spec
 
 METHODS = "toolkit.merge.methods"
@@ -66,6 +70,7 @@ class TensorStream(Protocol):
         num_models: inputs.
         is_delta: whether deltas are read, not weights.
         surveyed: what the method's `survey` found for it.
+        statistics: what was measured on data, for methods that declare it.
     """
 
     name: str
@@ -74,6 +79,7 @@ class TensorStream(Protocol):
     num_models: int
     is_delta: bool
     surveyed: Any
+    statistics: Statistics | None
 
     def stacked(self, every: int = 1, begin: int = 0) -> Iterator[tuple[int, Floats]]:
         """Yield `(start, [M, N])` for all inputs, of each `every`-th slice from the one at `begin` on."""
@@ -92,6 +98,7 @@ class Method:
     scope: Scope
     prepare: Callable[[TensorStream, Any], Any] | None
     survey: Callable[[Sequence[tuple[TensorStream, Any]]], Sequence[Any]] | None
+    statistics: Literal["fisher", "gram", "merged_gram"] | None
     coefficients: Callable[[Any, Any], Sequence[float] | None]
     idempotent: Callable[[Any], bool]
     base_first: bool
@@ -132,6 +139,7 @@ def load_method(name: str) -> Method:
         getattr(module, "SCOPE", "element"),
         getattr(module, "prepare", None),
         getattr(module, "survey", None),
+        getattr(module, "STATISTICS", None),
         getattr(module, "coefficients", lambda params, state: None),
         getattr(module, "idempotent", lambda params: True),
         getattr(module, "BASE_FIRST", False),

@@ -20,6 +20,7 @@ from toolkit.checkpoints.tokenizers import TokenizerFile
 from toolkit.checkpoints.writer import SHARD_BYTES, plan_shards
 from toolkit.errors import Problem, SpecError, UnsupportedError
 from toolkit.merge.assemble import Piece, assemble
+from toolkit.merge.data import check_data, data_files
 from toolkit.merge.groups import groups_of
 from toolkit.merge.inputs import GroupInputs, Input, Inputs, open_inputs
 from toolkit.merge.method import Method, MethodParams, load_method
@@ -160,7 +161,7 @@ class Plan:
         """Return an identity that changes when the spec, the inputs' files or the output's layout do."""
         what = {
             "spec": self.spec.model_dump(mode="json", by_alias=True),
-            "files": sorted(_identity(file) for file in self.inputs.files()),
+            "files": sorted(_identity(file) for file in self.inputs.files() | data_files(self.spec)),
             "shards": {k: [(t.name, t.dtype.name, t.shape) for t in v] for k, v in self.shards.items()},
         }
         return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -235,7 +236,7 @@ def make_plan(
     found = check(groups, method)
     dtype, wrong = _output_dtype(loaded)
     inputs, more = open_inputs(groups, method, partial(_nested, allow_pickle=allow_pickle), allow_pickle=allow_pickle)
-    found += wrong + more
+    found += wrong + more + check_data(loaded, method)
     jobs: list[Job] = []
     config: dict[str, Any] = {}
     vocabulary = None
@@ -279,6 +280,8 @@ def _nested(spec: MergeSpec, where: str, *, allow_pickle: bool) -> Checkpoint:
     for key in ("output", "tokenizer", "tokenizer_source", "chat_template"):
         if key in spec.model_fields_set:
             raise SpecError([Problem(key, "not of a merge inside a merge; give it to the outer one")])
+    if spec.data or any(model.data for model in spec.models or ()):
+        raise SpecError([Problem("data", "a merge inside a merge cannot be measured on data; write it out first")])
     plan = make_plan(spec, allow_pickle=allow_pickle)
     return MergedCheckpoint(plan, f"{where} ({plan.method.name} of {len(plan.inputs.models)})")
 

@@ -164,6 +164,9 @@ def verify(folder: str | Path, *, allow_pickle: bool = False, quiet: bool = Fals
     for entry in record["inputs"]:
         _check_unchanged(entry)
     plan = make_plan(record["spec"], allow_pickle=allow_pickle)
+    if plan.method.statistics:
+        plan.inputs.close()
+        raise UnsupportedError(f"{folder}: {plan.method.name} measures models on data; merge again to compare")
     try:
         with FolderCheckpoint(folder) as written:
             faults = list(_misplaced(plan, written))

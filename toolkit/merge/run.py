@@ -30,6 +30,8 @@ from toolkit.errors import OutputError, Problem
 from toolkit.merge.plan import Job, Place, Plan, make_plan
 from toolkit.merge.record import Companions, Hashes
 from toolkit.merge.spec import MergeSpec, OutputSpec
+from toolkit.merge.statistics.collect import collect
+from toolkit.merge.statistics.files import Statistics, remove_statistics
 from toolkit.merge.stream import Scratch, Stream, survey
 from toolkit.progress import Progress, track
 from toolkit.tables import Report, Table, human_bytes
@@ -132,14 +134,17 @@ def _execute(plan: Plan, out: Path, beside: Companions, *, resume: bool, workers
     with locked(staging_path(out)) as partial:
         journal = Journal(partial / JOURNAL, plan.fingerprint())
         done = journal.load() if resume else {}
-        if not done:
+        begun = resume and journal.path.is_file()
+        if not begun:
             clear(partial)
+        if not done:
             check_space(out, plan.write_bytes)
-        journal.start(anew=not done)
+        journal.start(anew=not begun)
+        statistics = collect(plan, partial, quiet=quiet)
         writer = WeightsWriter(partial, plan.shards, resume=bool(done))
         try:
             with track("merging", plan.read_bytes, unit="B", quiet=quiet) as progress:
-                done |= _run_jobs(plan, writer, journal, done, workers, progress)
+                done |= _run_jobs(_Worker(plan, writer, statistics), journal, done, workers, progress)
             writer.flush()
             writer.write_index()
         finally:
@@ -147,17 +152,18 @@ def _execute(plan: Plan, out: Path, beside: Companions, *, resume: bool, workers
             journal.close()
         bad = sorted(name for name, finite in done.items() if not finite)
         beside.write(plan, partial, bad)
+        remove_statistics(partial)
         (partial / JOURNAL).unlink()
         commit(partial, out)
     return _result(plan, out, bad, time.perf_counter() - started)
 
 
 def _run_jobs(
-    plan: Plan, writer: WeightsWriter, journal: Journal, done: dict[str, bool], workers: int, progress: Progress
+    worker: _Worker, journal: Journal, done: dict[str, bool], workers: int, progress: Progress
 ) -> dict[str, bool]:
     """Run what is not done yet; return for every tensor whether its output is finite."""
+    plan, writer = worker.plan, worker.writer
     finite: dict[str, bool] = {}
-    worker = _Worker(plan, writer)
     jobs = [job for job in plan.jobs if job.tensor.name not in done]
     progress.advance(plan.read_bytes - sum(job.read_bytes for job in jobs))
     with ThreadPoolExecutor(workers) as pool:
@@ -177,9 +183,9 @@ def _run_jobs(
 class _Worker:
     """Runs jobs; each thread has scratch of its own."""
 
-    def __init__(self, plan: Plan, writer: WeightsWriter) -> None:
-        self.method, self.writer = plan.method, writer
-        self.surveyed = survey(plan)
+    def __init__(self, plan: Plan, writer: WeightsWriter, statistics: Mapping[str, Statistics]) -> None:
+        self.plan, self.method, self.writer, self.statistics = plan, plan.method, writer, statistics
+        self.surveyed = survey(plan, statistics)
         self.local = threading.local()
 
     def run(self, job: Job) -> bool:
@@ -202,7 +208,8 @@ class _Worker:
 
     def _merge(self, job: Job) -> bool:
         finite = True
-        stream = Stream(job, self.method, self._scratch(), self.surveyed.get(job.tensor.name))
+        name = job.tensor.name
+        stream = Stream(job, self.method, self._scratch(), self.surveyed.get(name), self.statistics.get(name))
         for start, merged in stream.merged():
             raw = encode(merged, job.tensor.dtype)
             finite = finite and all_finite(raw, job.tensor.dtype)

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag
 from typing_extensions import override
 
 from toolkit.errors import Problem, SpecError
-from toolkit.specs import Document, Size, Spec, path_text
+from toolkit.specs import Document, Files, Size, Spec, path_text
 
 
 def _loose(value: Any) -> Any:
@@ -47,10 +47,12 @@ class InputSpec(Spec):
     Attributes:
         model: a full checkpoint or a PEFT LoRA folder.
         parameters: the method's parameters for this model.
+        data: JSONL files of its own task, for methods that measure models on data.
     """
 
     model: Model
     parameters: Parameters = Field(default_factory=dict)
+    data: Files | None = None
 
 
 class SourceSpec(InputSpec):
@@ -196,6 +198,27 @@ class OutputSpec(Spec):
         return self
 
 
+class DataSpec(Spec):
+    """How models are measured on data, by methods that do.
+
+    Attributes:
+        files: JSONL files for models that name none of their own.
+        limit: most rows of each model, the first ones.
+        max_length: most tokens of a row; the rest is cut off.
+        labels: `data`, the rows' own answers; or `model`, answers drawn from the model's predictions, as in the
+            definition of the Fisher information.
+        seed: of what is drawn.
+        device: to run the models on: `auto`, `cpu`, `cuda`, ...
+    """
+
+    files: Files | None = None
+    limit: Annotated[int, Field(ge=1)] = 256
+    max_length: Annotated[int, Field(ge=2)] = 512
+    labels: Literal["data", "model"] = "data"
+    seed: int = 0
+    device: str = "auto"
+
+
 class AlignSpec(Spec):
     """How the units of the models are permuted to sit where the base, or else the first model, has the same ones.
 
@@ -229,6 +252,7 @@ class MergeSpec(Spec):
         tokenizer_source: what mergekit's older specs call the tokenizer's source.
         chat_template: of the output: a template, the name of one (`chatml`, ...), or `auto` for the one that most
             models have; by default the donor's.
+        data: what models are measured on, by methods that need it.
         align: permute the units of models that share no base before they are merged; `{}` for the usual way.
         output: what to write.
     """
@@ -245,6 +269,7 @@ class MergeSpec(Spec):
     tokenizer: TokenizerSpec | None = None
     tokenizer_source: str | None = None
     chat_template: str | None = None
+    data: DataSpec | None = None
     align: AlignSpec | None = None
     output: OutputSpec = OutputSpec()
 

@@ -13,6 +13,7 @@ import numpy as np
 from toolkit.checkpoints.deltas import CHUNK, chunks
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import Method
+from toolkit.merge.statistics.files import Statistics
 
 if TYPE_CHECKING:
     from toolkit.merge.plan import Job, Plan
@@ -60,10 +61,19 @@ class Stream:
         method: that merges them.
         scratch: buffers, which what is yielded lies in.
         surveyed: what the method's survey found for this tensor.
+        statistics: what was measured on data for this tensor.
     """
 
-    def __init__(self, job: Job, method: Method, scratch: Scratch, surveyed: Any = None) -> None:
-        self.job, self.method, self.scratch, self.surveyed = job, method, scratch, surveyed
+    def __init__(
+        self,
+        job: Job,
+        method: Method,
+        scratch: Scratch,
+        surveyed: Any = None,
+        statistics: Statistics | None = None,
+    ) -> None:
+        self.job, self.method, self.scratch = job, method, scratch
+        self.surveyed, self.statistics = surveyed, statistics
         self.name, self.shape, self.count = job.tensor.name, job.tensor.shape, job.tensor.count
         self.num_models = len(job.sources)
         self.is_delta = job.base is not None
@@ -155,11 +165,13 @@ class Stream:
         return merged if base is None else np.add(merged, base, out=merged)
 
 
-def survey(plan: Plan) -> Mapping[str, Any]:
+def survey(plan: Plan, statistics: Mapping[str, Statistics] | None = None) -> Mapping[str, Any]:
     """Return for each merged tensor what its method must know of the whole model first."""
     if plan.method.survey is None:
         return {}
     jobs = [job for job in plan.jobs if job.action == "merge"]
     scratch = Scratch()
-    found = plan.method.survey([(Stream(job, plan.method, scratch), job.params) for job in jobs])
+    known = statistics or {}
+    streams = [Stream(job, plan.method, scratch, statistics=known.get(job.tensor.name)) for job in jobs]
+    found = plan.method.survey([(stream, job.params) for stream, job in zip(streams, jobs, strict=True)])
     return {job.tensor.name: state for job, state in zip(jobs, found, strict=True)}

@@ -1,0 +1,1 @@
+"""What data says about the models of a merge: measured in one extra pass, kept on disk beside the unfinished merge."""
