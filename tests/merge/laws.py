@@ -68,7 +68,7 @@ def settings(method: str, params: Mapping[str, Any], models: int) -> MethodParam
     given = dict(params)
     for name, info in loaded.params.model_fields.items():
         key = info.alias or name
-        if key in loaded.per_model():
+        if key in loaded.per_model:
             value = given.get(key, info.default)
             given[key] = tuple(value) * models if len(value) == 1 else tuple(value)
     return loaded.params.model_validate(given)

@@ -43,7 +43,7 @@ class TestLaws:
         assert loaded.takes in ("weights", "deltas", "either")
         assert loaded.scope in ("element", "row", "tensor")
         assert loaded.params.__doc__
-        assert loaded.per_model().isdisjoint(loaded.shared())
+        assert loaded.per_model.isdisjoint(loaded.shared)
 
     def test_slices_do_not_matter(self, method, monkeypatch):
         x = models(method, (40, 24))
@@ -126,7 +126,7 @@ def test_same_bytes_however_a_merge_is_run(method, family, tmp_path):
         "parameters": {},
     }
     for key, value in found.params.items():
-        if key in load_method(method).per_model():
+        if key in load_method(method).per_model:
             for model, own in zip(spec["models"], value, strict=True):
                 model.setdefault("parameters", {})[key] = own
         else:

@@ -93,12 +93,7 @@ def decode(raw: Bytes, dtype: DType, out: Floats) -> None:
         dtype: a floating format.
         out: `[N]`, overwritten.
     """
-    if dtype.name == "BF16":
-        # A bfloat16 is the upper half of a float32.
-        bits = out.view(np.uint32)
-        np.copyto(bits, raw.view(np.uint16))
-        np.left_shift(bits, 16, out=bits)
-    elif dtype.name in ("F32", "F16", "F64"):
+    if dtype.name in ("BF16", "F32", "F16", "F64"):
         np.copyto(out, raw.view(_numpy(dtype)), casting="unsafe")
     elif dtype.floating:
         np.take(_float8_values(dtype), raw, out=out)
@@ -118,8 +113,6 @@ def encode(values: Floats, dtype: DType) -> Bytes:
     """
     if dtype.name == "F32":
         return values.view(np.uint8)
-    if dtype.name == "BF16":
-        return _encode_bfloat16(values).view(np.uint8)
     if not dtype.floating:
         raise UnsupportedError(f"results cannot be stored as {dtype.name}")
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -145,21 +138,6 @@ _EXPONENTS = {
     "F64": (np.uint64, np.uint64(0x7FF0000000000000)),
 }
 """Formats -> their words, and the exponent of NaN and infinity."""
-
-
-def _encode_bfloat16(values: Floats) -> NDArray[np.uint16]:
-    nan = np.isnan(values)
-    bits = values.view(np.uint32)
-    odd = np.right_shift(bits, 16)
-    np.bitwise_and(odd, 1, out=odd)
-    np.add(odd, 0x7FFF, out=odd)
-    # The sum wraps for some NaN patterns only, and those are set below.
-    np.add(bits, odd, out=bits)
-    np.right_shift(bits, 16, out=bits)
-    result = bits.astype(np.uint16)
-    if nan.any():
-        result[nan] = 0x7FC0
-    return result
 
 
 @cache

@@ -80,15 +80,15 @@ def _output_names(group: GroupInputs) -> list[str]:
 
 def _misfits(group: GroupInputs, names: Sequence[str]) -> list[Problem]:
     """Find tensors that a model lacks, has besides, or has in another shape than the donor."""
-    donor = group.donor
+    donor, known = group.donor, set(names)
     found: list[Problem] = []
     for model in group.models:
         where = f"{model.slot.path}.model"
         lacking = [n for n in names if not model.weights.has(n)]
         inside = [n for n in model.weights.tensors if group.group.holds(n)]
-        extra = [n for n in inside if n not in set(names) and not is_head(n)]
-        both = [n for n in names if n not in set(lacking)]
-        shapes = [n for n in both if model.weights.info(n).shape != donor.info(n).shape]
+        extra = [n for n in inside if n not in known and not is_head(n)]
+        both = known.difference(lacking)
+        shapes = [n for n in names if n in both and model.weights.info(n).shape != donor.info(n).shape]
         if lacking:
             found.append(Problem(where, f"lacks {_some(lacking)} that {donor.source} has"))
         if extra:

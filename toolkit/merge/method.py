@@ -20,14 +20,15 @@ A method is one module in `toolkit/merge/methods`. It declares
   enters linear layers) or `"merged_gram"` (the same above merged layers); they are `tensor.statistics`, `None` for
   tensors that have none;
 - at will, `BASE_FIRST = True`: the base, where it is one of the models, is the first;
-- at will, `memory(shape, models) -> int`: bytes that `combine` allocates at most besides `x` and `y`, for methods of
-  scope `"tensor"`.
+- at will, `memory(shape, models) -> int`: bytes that `prepare` and `combine` hold at most besides slices of `x` and
+  `y`, or besides all of them for methods of scope `"tensor"`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, get_origin
 
 from pydantic import model_validator
@@ -113,14 +114,16 @@ class Method:
         """Tell whether `combine` gets deltas in a merge with or without a base."""
         return self.takes == "deltas" or (self.takes == "either" and has_base)
 
-    def per_model(self) -> set[str]:
-        """Name the parameters that have one value per model."""
+    @cached_property
+    def per_model(self) -> frozenset[str]:
+        """Names of the parameters that have one value per model."""
         fields = self.params.model_fields.items()
-        return {field.alias or name for name, field in fields if get_origin(field.annotation) is tuple}
+        return frozenset(field.alias or name for name, field in fields if get_origin(field.annotation) is tuple)
 
-    def shared(self) -> set[str]:
-        """Name the parameters that have one value for all models."""
-        return {field.alias or name for name, field in self.params.model_fields.items()} - self.per_model()
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """Names of the parameters that have one value for all models."""
+        return frozenset(field.alias or name for name, field in self.params.model_fields.items()) - self.per_model
 
 
 def load_method(name: str) -> Method:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations_with_replacement
+from math import isfinite
 from typing import Literal
 
 import numpy as np
@@ -119,11 +120,18 @@ def norm_ratios(tensor: TensorStream, drops: Sequence[Drop | None]) -> list[floa
         for i, (row, drop) in enumerate(zip(x, drops, strict=True)):
             if drop:
                 np.abs(row, out=row)
-                before[i] += float(row.sum(dtype=np.float64))
+                before[i] += _sum(row)
                 drop(row, start)
-                after[i] += float(row.sum(dtype=np.float64))
+                after[i] += _sum(row)
     most = float(np.finfo(np.float32).max)
     return [min(a / b, most) if b else 1.0 for a, b in zip(before, after, strict=True)]
+
+
+def _sum(x: Floats) -> float:
+    """Return the sum of a slice; numpy adds float32 in pairs, to about seven digits, unless they overflow."""
+    with np.errstate(over="ignore"):
+        total = float(x.sum())
+    return total if isfinite(total) else float(x.sum(dtype=np.float64))
 
 
 def cosines(products: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -61,20 +61,20 @@ def check(groups: Sequence[Group], method: Method) -> list[Problem]:
     """Find parameters that the method does not know, or whose values have a wrong form."""
     found: dict[Problem, None] = {}
     for group in groups:
-        blocks = [(block, method.per_model() | method.shared()) for block in group.shared]
-        blocks += [(slot.block, method.per_model()) for slot in group.slots]
+        blocks = [(block, method.per_model | method.shared) for block in group.shared]
+        blocks += [(slot.block, method.per_model) for slot in group.slots]
         for (where, values), known in blocks:
             for key, value in values.items():
                 found |= dict.fromkeys(_check_one(f"{where}.{key}", key, value, known, method))
     return list(found)
 
 
-def _check_one(place: str, key: str, value: Any, known: set[str], method: Method) -> list[Problem]:
+def _check_one(place: str, key: str, value: Any, known: frozenset[str], method: Method) -> list[Problem]:
     if key in known:
         return [Problem(place, message) for message in _faults(value)]
     if key in IGNORED:
         return []
-    if key in method.shared():
+    if key in method.shared:
         return [Problem(place, f"{key!r} is one value for all models; move it to parameters")]
     hint = did_you_mean(key, known) or f" (known: {', '.join(sorted(known)) or 'none'})"
     return [Problem(place, f"{method.name} has no parameter {key!r}{hint}")]
@@ -107,7 +107,7 @@ class Resolver:
 
     def _value(self, key: str, name: str, depth: float) -> Any:
         shared = self._first(self.group.shared, key, name, depth)
-        if key in self.method.shared():
+        if key in self.method.shared:
             return shared
         own = [self._first([slot.block], key, name, depth) for slot in self.slots]
         return tuple(shared if value is None else value for value in own)

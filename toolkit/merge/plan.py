@@ -231,7 +231,7 @@ def make_plan(
         method = load_method(loaded.merge_method)
     except UnsupportedError as error:
         raise loaded.error([Problem("merge_method", str(error))]) from None
-    seeded = loaded.seed is not None and "seed" in method.shared()
+    seeded = loaded.seed is not None and "seed" in method.shared
     groups = groups_of(loaded, {"seed": loaded.seed} if seeded else None)
     found = check(groups, method)
     dtype, wrong = _output_dtype(loaded)
@@ -353,7 +353,7 @@ def _buffers(method: Method, job: Job) -> int:
     if method.scope == "tensor":
         return 4 * (models + 1) * count + method.memory(shape, models)
     row = shape[-1] if shape and method.scope == "row" else 1
-    return 4 * (models + 2) * max(CHUNK, row)
+    return 4 * (models + 2) * max(CHUNK, row) + method.memory(shape, models)
 
 
 def _params_text(params: MethodParams | None) -> str:

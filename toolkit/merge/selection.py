@@ -109,6 +109,12 @@ def _sample(read: Reader, count: int) -> tuple[list[NDArray[np.uint32]], bool]:
     return [np.sort(vector) for vector in np.concatenate(parts, axis=1)], every * stride == 1
 
 
+def search_bytes(count: int, vectors: int, cuts: int = 1) -> int:
+    """Bound what `largest` allocates for vectors of a length, with so many cuts of each."""
+    sample = 3 * 4 * min(max(count // 128, 2 * _SAMPLE[0]), 2 * _SAMPLE[1])
+    return vectors * (sample + cuts * 2 * 8 * min(count, _ROOM))
+
+
 class _Search:
     """The search for one cut.
 
@@ -132,7 +138,7 @@ class _Search:
         self.at_high: list[int] = []
         self.at_low: list[int] = []
         self.between: list[NDArray[np.uint32]] = []
-        self.places: list[NDArray[np.intp]] = []
+        self.places: list[NDArray[np.uint32]] = []
 
     def see(self, start: int, bits: NDArray[np.uint32]) -> None:
         """Count one slice of magnitudes."""
@@ -148,7 +154,7 @@ class _Search:
             inside = np.flatnonzero(distance < self.high - self.low - 1)
             self.room += len(inside)
             self.between.append(bits[inside])
-            self.places.append(inside + start)
+            self.places.append(inside.astype(np.uint32))
 
     def cut(self, read: Reader, row: int) -> Cut | None:
         """Return the cut; `None` if it is outside of the bracket, or too much was inside."""
@@ -164,10 +170,15 @@ class _Search:
         return self._tied(read, row, self.low, self.at_low, wanted) if wanted <= sum(self.at_low) else None
 
     def _inside(self, wanted: int) -> Cut:
-        found, places = np.concatenate(self.between), np.concatenate(self.places)
-        threshold = np.partition(found, len(found) - wanted)[len(found) - wanted]
-        ties = places[found == threshold]
-        return Cut(int(threshold), int(ties[wanted - np.count_nonzero(found > threshold) - 1]))
+        found = np.concatenate(self.between)
+        threshold = int(np.partition(found, len(found) - wanted)[len(found) - wanted])
+        wanted -= int(np.count_nonzero(found > threshold))
+        for start, values, places in zip(self.starts, self.between, self.places, strict=True):
+            ties = places[values == threshold]
+            if wanted <= len(ties):
+                return Cut(threshold, start + int(ties[wanted - 1]))
+            wanted -= len(ties)
+        raise AssertionError("elements were counted that are not there")
 
     def _tied(self, read: Reader, row: int, threshold: int, counts: Sequence[int], wanted: int) -> Cut:
         """Return the cut at the `wanted`-th of the elements at a threshold, whose slice is read again."""

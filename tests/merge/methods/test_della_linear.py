@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.merge.laws import WEIGHTS, Example, run, settings
-from toolkit.merge.methods import _della
+from toolkit.merge.methods import _remembered
 from toolkit.merge.random import Draws
 
 RNG = np.random.default_rng(0)
@@ -120,7 +120,7 @@ def test_remembered_masks_are_the_same(monkeypatch, shape):
     x = RNG.standard_normal((2, *shape)).astype(np.float32)
     params = {"density": (0.3, 0.6), "epsilon": (0.1, 0.2)}
     remembered = run("della_linear", x, **params)
-    monkeypatch.setattr(_della, "_REMEMBERED", 0)
+    monkeypatch.setattr(_remembered, "MOST", 0)
     np.testing.assert_array_equal(run("della_linear", x, **params), remembered)
 
 

@@ -122,7 +122,7 @@ def test_labels_drawn_from_the_model_have_the_fisher_information_as_their_mean(f
         (example,) = examples_of([family["rows0"]], tokenizer_of(checkpoint), tiny.CONTEXT, spec)
         cut = next(i for i, label in enumerate(example.labels) if label >= 0) + 1
         example = type(example)(example.tokens[:cut], example.labels[:cut])
-        many = [example] * 3000
+        many = [example] * 1200
         with track("", len(many), unit="", quiet=True) as progress:
             found = dict(fisher.measure(model, checkpoint, many, spec, progress))
     name = "model.norm.weight"
@@ -132,7 +132,7 @@ def test_labels_drawn_from_the_model_have_the_fisher_information_as_their_mean(f
     for token in range(len(log)):
         (gradient,) = torch.autograd.grad(log[token], weight, retain_graph=True)
         expected += log[token].exp().detach() * gradient**2
-    assert abs(float(found[name].sum() / expected.sum()) - 1) < 0.1
+    assert abs(float(found[name].sum() / expected.sum()) - 1) < 0.15
 
 
 def test_loras_are_measured_as_the_models_that_they_make(base, loras, family, tmp_path):

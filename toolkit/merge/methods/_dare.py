@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
+from toolkit.merge.methods._remembered import Remembered
 from toolkit.merge.ops import norm_ratios
 from toolkit.merge.random import Draws
 
@@ -34,16 +36,26 @@ class DareParams(MethodParams):
 
 @dataclass(frozen=True)
 class RandomMask:
-    """Which elements of one model's delta are kept, and what they are multiplied by."""
+    """Which elements of one model's delta are kept, and what they are multiplied by.
+
+    Attributes:
+        draws: random numbers.
+        density: probability that an element is kept.
+        factor: of what is kept.
+        remembered: masks of slices that were seen; `None` where each is seen once.
+    """
 
     draws: Draws
     density: float
     factor: float = 1.0
+    remembered: Remembered | None = None
 
     def drop(self, x: Floats, start: int) -> None:
         """Zero what is not kept in a slice `x` `[N]` that begins at flat index `start`."""
-        if self.density < 1:
-            np.multiply(x, self.draws.below(self.density, start, start + len(x)), out=x)
+        if self.density == 1:
+            return
+        make = partial(self.draws.below, self.density, start, start + len(x))
+        np.multiply(x, self.remembered.mask(start, len(x), make) if self.remembered else make(), out=x)
 
     def drop_and_rescale(self, x: Floats, start: int) -> None:
         """Zero what is not kept in a slice `x` `[N]`, and multiply the rest."""
@@ -59,5 +71,7 @@ def masks(tensor: TensorStream, params: DareParams) -> list[RandomMask]:
         return found
     if params.rescale_by == "density":
         return [replace(mask, factor=1 / mask.density) for mask in found]
+    elements = tensor.count * tensor.num_models
+    found = [replace(mask, remembered=Remembered(elements)) for mask in found]
     factors = norm_ratios(tensor, [None if mask.density == 1 else mask.drop for mask in found])
     return [replace(mask, factor=factor) for mask, factor in zip(found, factors, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Annotated, Literal
@@ -15,15 +15,13 @@ from pydantic import Field, model_validator
 from toolkit.checkpoints.deltas import CHUNK
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
+from toolkit.merge.methods._remembered import Remembered
 from toolkit.merge.ops import norm_ratios
 from toolkit.merge.random import Draws
 from toolkit.merge.selection import magnitude_bits
 
 _NARROWEST = 1e-9
 """A window of probabilities narrower than this is as good as none."""
-
-_REMEMBERED = 1 << 28
-"""Elements of all models up to which a tensor's masks are kept, a bit each, from the pass that measures them."""
 
 
 @dataclass(frozen=True)
@@ -100,24 +98,18 @@ class RankedMask:
         density: mean of the probabilities.
         epsilon: from their mean to the smallest, and to the largest.
         factor: of what is kept; `None` for 1 / probability.
-        remembered: by the first element of a slice, one bit for each of its elements.
+        remembered: masks of slices that were seen; `None` where each is seen once.
     """
 
     draws: Draws
     density: float
     epsilon: float
     factor: float | None = 1.0
-    remembered: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+    remembered: Remembered | None = None
 
     def drop(self, x: Floats, start: int) -> None:
         """Zero what is not kept in whole rows `x` `[R, K]` that begin at flat index `start`."""
         np.multiply(x, self._kept(x, start), out=x)
-
-    def drop_and_remember(self, x: Floats, start: int) -> None:
-        """Zero what is not kept in whole rows `x` `[R, K]`, and remember it for the next time."""
-        kept = self._kept(x, start)
-        self.remembered[start] = np.packbits(kept)
-        np.multiply(x, kept, out=x)
 
     def drop_and_rescale(self, x: Floats, start: int) -> None:
         """Zero what is not kept in whole rows `x` `[R, K]`, and multiply the rest."""
@@ -133,9 +125,11 @@ class RankedMask:
 
     def _kept(self, x: Floats, start: int) -> NDArray[np.bool_]:
         """Return which elements of rows `[R, K]` are kept."""
-        packed = self.remembered.get(start)
-        if packed is not None:
-            return np.unpackbits(packed, count=x.size).view(np.bool_).reshape(x.shape)
+        if self.remembered is None:
+            return self._made(x, start)
+        return self.remembered.mask(start, x.size, partial(self._made, x, start)).reshape(x.shape)
+
+    def _made(self, x: Floats, start: int) -> NDArray[np.bool_]:
         if x.shape[1] == 1:
             return self.draws.below(self.density, start, start + x.size)[:, None]
         work = _SCRATCH.arrays(x.shape)
@@ -189,15 +183,14 @@ def masks(tensor: TensorStream, params: DellaParams) -> list[RankedMask]:
         return found
     if params.rescale_by == "probability":
         return [mask if mask.density == 1 else replace(mask, factor=None) for mask in found]
-    remember = tensor.count * tensor.num_models <= _REMEMBERED
-    width = tensor.shape[-1] if tensor.shape else 1
-    factors = norm_ratios(tensor, [None if m.density == 1 else partial(_drop, m, width, remember) for m in found])
+    elements, width = tensor.count * tensor.num_models, tensor.shape[-1] if tensor.shape else 1
+    found = [replace(mask, remembered=Remembered(elements)) for mask in found]
+    factors = norm_ratios(tensor, [None if m.density == 1 else partial(_drop, m, width) for m in found])
     return [replace(mask, factor=factor) for mask, factor in zip(found, factors, strict=True)]
 
 
-def _drop(mask: RankedMask, width: int, remember: bool, x: Floats, start: int) -> None:
-    drop = mask.drop_and_remember if remember else mask.drop
-    drop(x.reshape(-1, width), start)
+def _drop(mask: RankedMask, width: int, x: Floats, start: int) -> None:
+    mask.drop(x.reshape(-1, width), start)
 
 
 def drop_all(x: Floats, state: list[RankedMask], start: int) -> Floats:

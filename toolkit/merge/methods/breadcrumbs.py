@@ -6,10 +6,13 @@ Davari and Belilovsky, "Model Breadcrumbs: Scaling Multi-Task Model Merging with
 
 from __future__ import annotations
 
+from math import prod
+
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import TensorStream
 from toolkit.merge.methods import task_arithmetic
 from toolkit.merge.methods._breadcrumbs import Band, BreadcrumbsParams, bands
+from toolkit.merge.selection import search_bytes
 
 TAKES = "deltas"
 MODELS = (1, None)
@@ -29,3 +32,8 @@ def combine(x: Floats, params: Params, state: list[Band], start: int) -> Floats:
     for row, band in zip(x, state, strict=True):
         band.drop_and_rescale(row, start)
     return task_arithmetic.combine(x, params, None, start)
+
+
+def memory(shape: tuple[int, ...], models: int) -> int:
+    """Bound what finding the cuts takes."""
+    return search_bytes(prod(shape), models, cuts=2)

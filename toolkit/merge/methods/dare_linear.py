@@ -7,10 +7,13 @@ mergekit keeps the tensor's L1 norm instead.
 
 from __future__ import annotations
 
+from math import prod
+
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import TensorStream
 from toolkit.merge.methods import task_arithmetic
 from toolkit.merge.methods._dare import DareParams, RandomMask, masks
+from toolkit.merge.methods._remembered import remembered_bytes
 
 TAKES = "deltas"
 MODELS = (1, None)
@@ -36,3 +39,8 @@ def combine(x: Floats, params: Params, state: list[RandomMask], start: int) -> F
     for row, mask in zip(x, state, strict=True):
         mask.drop_and_rescale(row, start)
     return task_arithmetic.combine(x, params, None, start)
+
+
+def memory(shape: tuple[int, ...], models: int) -> int:
+    """Return what the masks take that one pass makes and the next one needs."""
+    return remembered_bytes(prod(shape) * models)

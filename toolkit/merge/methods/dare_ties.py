@@ -8,9 +8,12 @@ those of the paper, of mergekit and of PEFT.
 
 from __future__ import annotations
 
+from math import prod
+
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import TensorStream
 from toolkit.merge.methods._dare import DareParams, RandomMask, masks
+from toolkit.merge.methods._remembered import remembered_bytes
 from toolkit.merge.methods._sign_consensus import ConsensusParams, merge_by_consensus
 
 TAKES = "deltas"
@@ -37,3 +40,8 @@ def combine(x: Floats, params: Params, state: list[RandomMask], start: int) -> F
     for row, mask in zip(x, state, strict=True):
         mask.drop_and_rescale(row, start)
     return merge_by_consensus(x, params)
+
+
+def memory(shape: tuple[int, ...], models: int) -> int:
+    """Return what the masks take that one pass makes and the next one needs."""
+    return remembered_bytes(prod(shape) * models)

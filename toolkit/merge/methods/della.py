@@ -7,9 +7,12 @@ that is kept by its probability; mergekit keeps the tensor's L1 norm instead.
 
 from __future__ import annotations
 
+from math import prod
+
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import TensorStream
 from toolkit.merge.methods._della import DellaParams, RankedMask, drop_all, masks
+from toolkit.merge.methods._remembered import remembered_bytes
 from toolkit.merge.methods._sign_consensus import ConsensusParams, merge_by_consensus
 
 TAKES = "deltas"
@@ -31,3 +34,8 @@ def prepare(tensor: TensorStream, params: Params) -> list[RankedMask]:
 def combine(x: Floats, params: Params, state: list[RankedMask], start: int) -> Floats:
     """Drop, rescale and merge whole rows of deltas `[M, R, K]`."""
     return merge_by_consensus(drop_all(x, state, start), params).reshape(x.shape[1:])
+
+
+def memory(shape: tuple[int, ...], models: int) -> int:
+    """Return what the masks take that one pass makes and the next one needs."""
+    return remembered_bytes(prod(shape) * models)

@@ -6,10 +6,13 @@ Deep, Bhardwaj and Poria, "DELLA-Merging: Reducing Interference in Model Merging
 
 from __future__ import annotations
 
+from math import prod
+
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import TensorStream
 from toolkit.merge.methods import task_arithmetic
 from toolkit.merge.methods._della import DellaParams, RankedMask, drop_all, masks
+from toolkit.merge.methods._remembered import remembered_bytes
 
 TAKES = "deltas"
 MODELS = (1, None)
@@ -28,3 +31,8 @@ def prepare(tensor: TensorStream, params: Params) -> list[RankedMask]:
 def combine(x: Floats, params: Params, state: list[RankedMask], start: int) -> Floats:
     """Drop, rescale and add up whole rows of deltas `[M, R, K]`."""
     return task_arithmetic.combine(drop_all(x, state, start), params, None, start).reshape(x.shape[1:])
+
+
+def memory(shape: tuple[int, ...], models: int) -> int:
+    """Return what the masks take that one pass makes and the next one needs."""
+    return remembered_bytes(prod(shape) * models)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
-from math import frexp
+from math import frexp, prod
 from typing import Annotated
 
 import numpy as np
@@ -19,7 +19,7 @@ from pydantic import Field
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
 from toolkit.merge.ops import agree_on_signs, inner
-from toolkit.merge.selection import Cut, largest
+from toolkit.merge.selection import Cut, largest, search_bytes
 
 TAKES = "deltas"
 MODELS = (1, None)
@@ -112,3 +112,8 @@ def _variance(x: Floats, scale: float) -> Floats:
         np.multiply(difference, difference, out=difference)
         np.add(total, difference, out=total)
     return total
+
+
+def memory(shape: tuple[int, ...], models: int) -> int:
+    """Bound what finding the cut takes."""
+    return search_bytes(prod(shape), 1)

@@ -8,6 +8,7 @@ names those of the paper's code, of mergekit and of PEFT.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Annotated, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from pydantic import Field
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
 from toolkit.merge.ops import agree_on_signs
-from toolkit.merge.selection import Cut, largest
+from toolkit.merge.selection import Cut, largest, search_bytes
 
 TAKES = "deltas"
 MODELS = (1, None)
@@ -102,3 +103,8 @@ def combine(x: Floats, params: Params, state: State, start: int) -> Floats:
     divisor = params.divisor if params.normalize else "none"
     merged = agree_on_signs(x, params.weight, vote=params.vote, zero=zero, divisor=divisor)
     return np.multiply(merged, np.float32(params.scale), out=merged)
+
+
+def memory(shape: tuple[int, ...], models: int) -> int:
+    """Bound what finding the cuts takes."""
+    return search_bytes(prod(shape), models)
