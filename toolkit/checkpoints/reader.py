@@ -181,11 +181,18 @@ class MemoryCheckpoint(Checkpoint):
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> MemoryCheckpoint:
-        """Take the weights of a transformers model as `save_pretrained` would name them."""
+        """Take the weights of a transformers model as `save_pretrained` would name them.
+
+        transformers renames and fuses some, such as those of experts, when it loads a checkpoint, and undoes it by the
+        same mapping when it writes one.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
         state = dict(model.state_dict())
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         for name in tied:
             state.pop(name, None)
+        state = revert_weight_conversion(model, state)
         return cls(state, model.config.to_dict(), type(model).__name__)
 
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolkit.checkpoints.adapters import Adapter, open_adapter
 from toolkit.checkpoints.compressed import Compressed, on_base, open_change, split_task
 from toolkit.checkpoints.deltas import AdapterDelta, Delta, DenseDelta
-from toolkit.checkpoints.reader import Checkpoint, open_checkpoint
+from toolkit.checkpoints.layout import is_head
+from toolkit.checkpoints.reader import Checkpoint, FolderCheckpoint, open_checkpoint
 from toolkit.errors import Problem, SpecError, ToolkitError
 from toolkit.merge.groups import Group, Slot
 from toolkit.merge.method import Method
@@ -103,7 +104,34 @@ def open_inputs(
 ) -> tuple[Inputs, list[Problem]]:
     """Open every model of a spec, gathering what is wrong with each."""
     opener = _Opener(open_merge, allow_pickle)
-    return Inputs([opener.open_group(group, method) for group in groups]), opener.problems
+    inputs = Inputs([opener.open_group(group, method) for group in groups])
+    return _by_common_names(inputs), opener.problems
+
+
+def _by_common_names(inputs: Inputs) -> Inputs:
+    """Where full models name their tensors differently, read those that transformers has renamed by the old names."""
+    plain = {id(c): c for c in inputs.checkpoints if isinstance(c, FolderCheckpoint)}
+    names = {frozenset(c.tensors) for c in plain.values()}
+    common = frozenset.intersection(*names) if names else frozenset()
+    # A head that only some store is no other naming.
+    if len({frozenset(n for n in own if not is_head(n)) for own in names}) < 2 or not common:
+        return inputs
+    from toolkit.checkpoints.released import by_released_names
+
+    views = {key: by_released_names(checkpoint) or checkpoint for key, checkpoint in plain.items()}
+    groups = []
+    for group in inputs.groups:
+        base = views.get(id(group.base), group.base) if group.base else None
+        models = [_viewed(model, base, views) for model in group.models]
+        groups.append(replace(group, base=base, models=models))
+    return Inputs(groups)
+
+
+def _viewed(model: Input, base: Checkpoint | None, views: Mapping[int, Checkpoint]) -> Input:
+    weights = views.get(id(model.weights), model.weights)
+    if isinstance(model.delta, DenseDelta):
+        return replace(model, weights=weights, delta=DenseDelta(base, weights) if base else None)
+    return replace(model, weights=weights)
 
 
 class _Opener:
