@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -24,7 +25,9 @@ from tests import tiny
 from toolkit.checkpoints.compressed import on_base, open_compressed
 from toolkit.checkpoints.deltas import chunks
 from toolkit.checkpoints.reader import INDEX, open_checkpoint
+from toolkit.cli import main
 from toolkit.errors import MissingError, OutputError, SpecError
+from toolkit.merge import run as run_module
 from toolkit.merge.plan import make_plan
 from toolkit.merge.run import merge
 
@@ -493,6 +496,32 @@ def test_input_that_disappears_leaves_no_half_model(family, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="became shorter"):
         merge(spec, tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
+def test_a_full_disk_leaves_no_half_model_and_what_was_done_is_kept(call, family, tmp_path, monkeypatch, capsys):
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(yaml.safe_dump(spec_of(family, "ties")))
+    real, calls = getattr(os, call), []
+
+    def full(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if call == "posix_fallocate" or len(calls) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(os, call, full)
+    monkeypatch.setattr(run_module, "FLUSH_EVERY", 0.0)
+    assert main(["merge", str(spec), str(tmp_path / "out"), "-q", "-j", "1"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "No space left on device" in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(os, call, real)
+    assert main(["merge", str(spec), str(tmp_path / "out"), "-q", "--resume"]) == 0
+    merge(spec, tmp_path / "whole", quiet=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_missing_spec_file(tmp_path):

@@ -196,8 +196,11 @@ class WeightsWriter:
 
     def flush(self) -> None:
         """Force what was written to the disk."""
-        for descriptor in self._files.values():
-            os.fsync(descriptor)
+        for path, descriptor in self._files.items():
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise OutputError(f"{path}: {error.strerror}") from None
 
     def close(self) -> None:
         """Close the files."""
