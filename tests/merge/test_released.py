@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from toolkit.checkpoints.reader import open_checkpoint
 from toolkit.checkpoints.released import by_released_names
+from toolkit.errors import SpecError
 from toolkit.merge.plan import make_plan
 from toolkit.merge.run import merge
 from toolkit.models.load import quiet_transformers
@@ -83,3 +86,44 @@ def test_slices_of_what_was_fused(models):
     )
     assert plan.memory_bytes > 2 * 3 * 48 * 16
     plan.inputs.close()
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> dict[str, str]:
+    """GPT-2 as the hub has it, without the first word of its names, and a LoRA and a fine-tune by PEFT's names."""
+    root = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+    with quiet_transformers():
+        model.save_pretrained(root / "base")
+    state = load_file(root / "base" / "model.safetensors")
+    assert "transformer.h.0.attn.c_attn.weight" in state
+    save_file({n.removeprefix("transformer."): v for n, v in state.items()}, root / "base" / "model.safetensors")
+    config = LoraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
+    lora = get_peft_model(model, config)
+    lora.save_pretrained(root / "lora")
+    with quiet_transformers():
+        lora.merge_and_unload().save_pretrained(root / "tuned")
+    return {name: str(root / name) for name in ("base", "lora", "tuned")}
+
+
+def test_names_without_their_first_word(gpt2, tmp_path):
+    tuned = load_file(Path(gpt2["tuned"]) / "model.safetensors")
+    spec = {"merge_method": "task_arithmetic", "base_model": gpt2["base"], "dtype": "float32"}
+    for i, model in enumerate((gpt2["lora"], gpt2["tuned"], f"{gpt2['base']}+{gpt2['lora']}")):
+        merge(spec | {"models": [{"model": model}]}, tmp_path / str(i), quiet=True)
+        got = load_file(tmp_path / str(i) / "model.safetensors")
+        assert got.keys() == tuned.keys()
+        for name, value in tuned.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
+    linear = {"merge_method": "linear", "models": [{"model": gpt2[n]} for n in ("base", "tuned")]}
+    merge(linear | {"parameters": {"weight": 1}}, tmp_path / "linear", quiet=True)
+    assert load_file(tmp_path / "linear" / "model.safetensors").keys() == tuned.keys()
+    with quiet_transformers():
+        GPT2LMHeadModel.from_pretrained(tmp_path / "linear")
+
+
+def test_other_names_are_still_an_error(gpt2, models):
+    inputs = [{"model": gpt2["base"], "parameters": {"weight": 1}}, {"model": models["a-released"]}]
+    with pytest.raises(SpecError, match=r"models\[1\].model: lacks"):
+        make_plan({"merge_method": "linear", "models": inputs, "parameters": {"weight": 1}})

@@ -1,12 +1,15 @@
-"""Checkpoints that hold what transformers makes of weights in memory, read by the names of released checkpoints.
+"""Checkpoints read by other names than they are stored by.
 
 transformers 5 renames and fuses some weights when it loads a model (experts become one `gate_up_proj`), and writes
-them back by the same mapping unless it is told not to. That mapping is used here.
+them back by the same mapping unless it is told not to. That mapping is used here. And some released checkpoints, such
+as GPT-2's, lack the first word of the names that transformers and PEFT use.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,7 @@ from typing_extensions import override
 
 from toolkit.checkpoints.dtypes import Bytes, Floats, decode
 from toolkit.checkpoints.headers import TensorInfo
+from toolkit.checkpoints.layout import is_head
 from toolkit.checkpoints.reader import Checkpoint
 
 if TYPE_CHECKING:
@@ -119,3 +123,51 @@ def _meta(info: TensorInfo) -> torch.Tensor:
 
     dtype = getattr(torch, info.dtype.torch or "uint8")
     return torch.empty(info.shape, dtype=dtype, device="meta")
+
+
+class PrefixedCheckpoint(Checkpoint):
+    """A checkpoint whose names lack the first word that the causal language model of its architecture puts before them.
+
+    Args:
+        inner: as it is stored, such as the hub's GPT-2.
+        prefix: the word and a dot.
+    """
+
+    def __init__(self, inner: Checkpoint, prefix: str) -> None:
+        self.inner, self.prefix = inner, prefix
+        self.source, self.config, self.folder = inner.source, inner.config, inner.folder
+        renamed = {(name if is_head(name) else prefix + name): info for name, info in inner.tensors.items()}
+        self.tensors = {name: replace(info, name=name) for name, info in renamed.items()}
+
+    @override
+    def is_stored(self, name: str) -> bool:
+        return self.inner.is_stored(self._inside(name))
+
+    def _inside(self, name: str) -> str:
+        return self._stored(name).removeprefix(self.prefix)
+
+    @override
+    def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
+        return self.inner.read_raw(self._inside(name), start, stop)
+
+    @override
+    def read(self, name: str, start: int, stop: int, out: Floats) -> None:
+        self.inner.read(self._inside(name), start, stop, out)
+
+    @override
+    def files(self) -> set[Path]:
+        return self.inner.files()
+
+    @override
+    def close(self) -> None:
+        self.inner.close()
+
+
+def with_prefix(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    """Put the first word of some names before a checkpoint's own, if that is all that they differ in."""
+    wanted = [name for name in names if not is_head(name)]
+    prefix = wanted[0].partition(".")[0] + "." if wanted else ""
+    own = set(checkpoint.tensors)
+    if any(name in own or not name.startswith(prefix) or name.removeprefix(prefix) not in own for name in wanted):
+        return checkpoint
+    return PrefixedCheckpoint(checkpoint, prefix)

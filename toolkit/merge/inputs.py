@@ -11,6 +11,7 @@ from toolkit.checkpoints.compressed import Compressed, on_base, open_change, spl
 from toolkit.checkpoints.deltas import AdapterDelta, Delta, DenseDelta
 from toolkit.checkpoints.layout import is_head
 from toolkit.checkpoints.reader import Checkpoint, FolderCheckpoint, open_checkpoint
+from toolkit.checkpoints.released import by_released_names, with_prefix
 from toolkit.errors import Problem, SpecError, ToolkitError
 from toolkit.merge.groups import Group, Slot
 from toolkit.merge.method import Method
@@ -112,13 +113,13 @@ def _by_common_names(inputs: Inputs) -> Inputs:
     """Where full models name their tensors differently, read those that transformers has renamed by the old names."""
     plain = {id(c): c for c in inputs.checkpoints if isinstance(c, FolderCheckpoint)}
     names = {frozenset(c.tensors) for c in plain.values()}
-    common = frozenset.intersection(*names) if names else frozenset()
     # A head that only some store is no other naming.
-    if len({frozenset(n for n in own if not is_head(n)) for own in names}) < 2 or not common:
+    if len({frozenset(n for n in own if not is_head(n)) for own in names}) < 2:
         return inputs
-    from toolkit.checkpoints.released import by_released_names
-
-    views = {key: by_released_names(checkpoint) or checkpoint for key, checkpoint in plain.items()}
+    longest = max(names, key=lambda own: max(map(len, own)))
+    views: dict[int, Checkpoint] = {key: with_prefix(checkpoint, longest) for key, checkpoint in plain.items()}
+    if views == plain:
+        views = {key: by_released_names(checkpoint) or checkpoint for key, checkpoint in plain.items()}
     groups = []
     for group in inputs.groups:
         base = views.get(id(group.base), group.base) if group.base else None
@@ -147,6 +148,7 @@ class _Opener:
         before = len(self.problems)
         base = None if group.base_model is None else self._checkpoint(group.base_model, "base_model")
         base_fails = group.base_model is not None and base is None
+        base = self._named_as_adapted(base, group) if base else None
         models: list[Input] = []
         for slot in group.slots:
             found, base = self._open(slot, base, base_fails)
@@ -166,6 +168,21 @@ class _Opener:
             wanted = f"{low} to {high}" if high and low != high else wanted
             self._add(Problem(group.path, f"{method.name} takes {wanted}, got {len(models)}"))
         return GroupInputs(group, base, models)
+
+    def _named_as_adapted(self, base: Checkpoint, group: Group) -> Checkpoint:
+        """Return the base by the names that its adapters use."""
+        for slot in group.slots:
+            try:
+                base_name, change = _change_of(slot.model)
+            except ToolkitError:
+                continue  # which is reported when the slot is opened
+            if isinstance(change, Adapter):
+                change.close()
+                if base_name in (None, group.base_model):
+                    base = with_prefix(base, change.touched)
+        if isinstance(group.base_model, str):
+            self.opened[group.base_model] = base
+        return base
 
     def _add(self, problem: Problem) -> None:
         if problem not in self.problems:
@@ -214,6 +231,8 @@ class _Opener:
                 own = base = self._checkpoint(change.base_model, where)
             if own is None:
                 return None, base
+            if isinstance(change, Adapter) and own is not base:
+                own = with_prefix(own, change.touched)
             adapted = on_base(own, change)
         except ToolkitError as error:
             self._add(Problem(where, str(error)))
