@@ -418,6 +418,13 @@ def test_fault_of_a_step_is_told_and_what_was_done_stays(workers, base, loras, t
     assert not (tmp_path / "run" / "both").exists()
 
 
+def test_objects_in_memory_do_not_reach_other_processes(base, loras, tmp_path):
+    spec = recipe(base, loras)
+    spec["steps"]["both"]["merge"]["base_model"] = tiny.llama()
+    with pytest.raises(SpecError, match=r"steps\.both\.merge: holds objects in memory; run the recipe with workers: 1"):
+        run_recipe(spec | {"workers": 2}, tmp_path / "run", quiet=True)
+
+
 def test_skill_data(tmp_path):
     write_skills({"train": 30, "test": 20, "seed": 1}, tmp_path / "a")
     write_skills({"train": 30, "test": 20, "seed": 1}, tmp_path / "b")

@@ -222,6 +222,13 @@ def test_state_of_a_router_that_does_not_fit(base, prompts, tmp_path):
         load_router(tmp_path / "router")
 
 
+def test_embedding_of_another_width(base, prompts):
+    router = fit_router(spec_of(base, prompts), quiet=True)
+    router.embedder = lambda texts: np.zeros((len(texts), 7), np.float32)
+    with pytest.raises(CheckpointError, match="the embedding has 7 numbers, the router was fitted on 48; fit it anew"):
+        router.choose(["hello"])
+
+
 def test_output_is_refused_before_anything_is_embedded(base, prompts, tmp_path):
     (tmp_path / "mine").write_text("x")
 

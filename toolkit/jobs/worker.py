@@ -55,7 +55,11 @@ class Worker:
         """
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(json.dumps({"kind": kind, "spec": spec, "out": str(out)}) + "\n")
+        try:
+            text = json.dumps({"kind": kind, "spec": spec, "out": str(out)})
+        except TypeError:
+            raise SpecError([Problem("", "holds objects in memory; run the recipe with workers: 1")]) from None
+        self.process.stdin.write(text + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
             message = json.loads(line)

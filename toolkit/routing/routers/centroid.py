@@ -45,7 +45,14 @@ def fit(vectors: Vectors, experts: NDArray[np.int64], num_experts: int, params: 
 
 
 def score(vectors: Vectors, state: Mapping[str, Vectors]) -> Vectors:
-    """Return minus half the squared distance to every centroid."""
+    """Return minus half the squared distance to every centroid.
+
+    Raises:
+        CheckpointError: vectors of another width than the router was fitted on.
+    """
+    if vectors.shape[1] != state["center"].size:
+        given, wanted = vectors.shape[1], state["center"].size
+        raise CheckpointError(f"the embedding has {given} numbers, the router was fitted on {wanted}; fit it anew")
     x, centroids = (vectors - state["center"]) @ state["whitening"], state["centroids"]
     return x @ centroids.T - (np.square(x).sum(axis=1, keepdims=True) + np.square(centroids).sum(axis=1)) / 2
 
