@@ -25,8 +25,8 @@ def table() -> str:
         models = str(low) if low == high else f"{low} to {high}" if high else f"{low} or more"
         what = (importlib.import_module(f"{METHODS}.{name}").__doc__ or "").split("\n\n")[0]
         what = " ".join(what.split()).replace("|", "\\|")
-        per_model = [f"`{key}`\\*" for key in sorted(method.per_model())]
-        shared = [f"`{key}`" for key in sorted(method.shared())]
+        per_model = [f"`{key}`\\*" for key in sorted(method.per_model)]
+        shared = [f"`{key}`" for key in sorted(method.shared)]
         rows.append([f"`{name}`", what, method.takes, models, ", ".join(per_model + shared)])
     return Table(("method", "what it does", "takes", "models", "parameters"), rows).to_markdown() + "\n"
 

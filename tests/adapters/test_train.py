@@ -311,7 +311,9 @@ def test_packing_is_refused_where_it_leaks(data, tmp_path):
     loaded = model_of("opt")
     spec = spec_of(Path(), data, max_steps=1) | {"base": (loaded.model, loaded.tokenizer)}
     spec["data"] = {"train": str(data / "train.jsonl"), "packing": True}
-    with pytest.raises(SpecError, match=r"data\.packing: the model does not keep packed documents apart; set it to"):
+    with pytest.raises(
+        SpecError, match=r"data\.packing: the model with lora does not keep packed documents apart; set it to"
+    ):
         train(spec, tmp_path / "out", quiet=True)
     assert not list(tmp_path.iterdir())
     spec["data"] |= {"packing": False}
@@ -375,8 +377,8 @@ def test_random_initialization_needs_no_weights(base, data, tmp_path):
 
 def test_early_stopping_keeps_the_best_checkpoint(base, data, tmp_path):
     # So high a rate that the loss soon rises again.
-    spec = spec_of(base, data, max_steps=60, learning_rate=0.3, eval_steps=1, early_stopping_patience=2)
-    result = train(spec, tmp_path / "out", quiet=True)
+    rhythm = {"eval_steps": 1, "early_stopping_patience": 2, "keep_checkpoints": True}
+    result = train(spec_of(base, data, max_steps=60, learning_rate=0.3, **rhythm), tmp_path / "out", quiet=True)
     evals = [e["eval_loss"] for e in metrics(result.path) if "eval_loss" in e]
     assert result.numbers["steps"] < 60
     best = evals.index(min(evals)) + 1
@@ -389,6 +391,7 @@ def test_early_stopping_keeps_the_best_checkpoint(base, data, tmp_path):
 
 def test_early_stopping_keeps_the_checkpoints_of_save_steps_too(base, data, tmp_path):
     spec = spec_of(base, data, eval_steps=4, save_steps=3, early_stopping_patience=5, save_total_limit=9)
+    spec["training"]["keep_checkpoints"] = True
     result = train(spec, tmp_path / "out", quiet=True)
     assert sorted(p.name for p in (result.path / "checkpoints").iterdir()) == [
         f"checkpoint-{step}" for step in (3, 4, 6, 8)
@@ -449,7 +452,10 @@ def test_bad_rows_stop_the_run_before_it_begins(base, data, tmp_path):
         ({"adapter": {"method": "lora", "r": "four"}}, "adapter.r: Input should be a valid integer"),
         ({"adapter": {"method": "lora", "target_modules": ["nothing"]}}, "adapter: "),
         ({"adapter": {"method": "lora", "r": 0}}, "adapter: "),
-        ({"adapter": {"method": "loha"}}, "adapter.method: Input should be 'lora' or 'full'"),
+        (
+            {"adapter": {"method": "prefix_tunning"}},
+            "adapter.method: no method 'prefix_tunning'; did you mean 'prefix_tuning'? (known: full, adalora, ",
+        ),
         ({"training": {"learning_rate": -1}}, "training.learning_rate: Input should be greater than 0"),
         (
             {"training": {"warmup_ratio": 0.1}},

@@ -91,6 +91,33 @@ class Rhythm(TrainerCallback):
             control.should_log = True
 
 
+class Allocation(TrainerCallback):
+    """Tells methods that drop ranks in the course of training (AdaLoRA, AdaMSS) of every step.
+
+    Args:
+        model: PEFT's, or any other, which is left alone.
+        fit_schedule: end the schedule of ranks with the last step.
+    """
+
+    def __init__(self, model: Any, fit_schedule: bool) -> None:
+        self.tuner: Any = getattr(model, "base_model", None)
+        self.fit_schedule = fit_schedule
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the schedule's end."""
+        if self.fit_schedule and hasattr(self.tuner, "rankallocator"):
+            self.tuner.rankallocator.set_total_step(state.max_steps)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Choose ranks, by the gradients of the step that was just taken."""
+        if hasattr(self.tuner, "update_and_allocate"):
+            self.tuner.update_and_allocate(state.global_step)
+
+
 class ShowProgress(TrainerCallback):
     """Shows steps, loss, and tokens per second.
 

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from toolkit.adapters.catalogue import FULL
 from toolkit.adapters.spec import TrainSpec
 from toolkit.checkpoints.adapters import open_adapter
 from toolkit.checkpoints.companions import file_hashes, versions, write_card
@@ -34,12 +35,15 @@ def write_records(
     hashes = {**data, **file_hashes(sorted(folder.glob("*.safetensors")))}
     record = {"spec": described, "versions": versions(*LIBRARIES), "sha256": hashes, **numbers}
     write_text(folder / "training.json", json.dumps(record, indent=2) + "\n")
-    full = spec.adapter.method == "full"
-    what = "every weight" if full else f"{spec.adapter.method} {json.dumps(spec.adapter.fields)}"
+    full = spec.adapter.method == FULL
+    what = f"{spec.adapter.method} {json.dumps(spec.adapter.fields)}"
+    if full:
+        what = "every weight" if spec.adapter.layers is None else f"layers {list(spec.adapter.layers)}"
+    sources = ", ".join(f"`{source.path}`" for source in spec.data.sources())
     write_card(
         folder,
         name,
-        f"Trained {what} on {', '.join(f'`{f}`' for f in spec.data.train)} for {numbers['steps']} steps;"
+        f"Trained {what} on {sources} for {numbers['steps']} steps;"
         f" mean training loss {as_text(numbers['train_loss'])}.",
         tags=[spec.adapter.method],
         base=[str(described["base"])],

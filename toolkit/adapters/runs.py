@@ -6,14 +6,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.adapters.spec import TrainSpec
+from toolkit.adapters.spec import SourceSpec, TrainSpec
 from toolkit.checkpoints.companions import file_hashes
 from toolkit.checkpoints.reader import read_json
 from toolkit.checkpoints.writer import clear, write_text
+from toolkit.data.rows import Row, read_source
 from toolkit.errors import CheckpointError, MissingError, OutputError
 
 CHECKPOINTS = "checkpoints"
@@ -23,18 +24,31 @@ STATE = "trainer_state.json"
 
 
 def hash_data(spec: TrainSpec) -> dict[str, str]:
-    """Return the SHA-256 of every data file of a run, by its path in the spec.
+    """Return the SHA-256 of every data file of a run, or of the rows of a data set, by its path in the spec.
 
     Raises:
-        MissingError: no such file.
+        MissingError: no such file or data set.
+        DataError: it cannot be read.
     """
     found: dict[str, str] = {}
-    for file in (*spec.data.train, *(spec.data.validation or ())):
-        path = Path(os.path.expanduser(file))
-        if not path.is_file():
-            raise MissingError(f"{path}: no such data file")
-        (found[file],) = file_hashes([path]).values()
+    for source in (*spec.data.sources(), *spec.data.sources(validation=True)):
+        path = Path(os.path.expanduser(source.path))
+        if path.is_file():
+            (found[source.path],) = file_hashes([path]).values()
+        else:
+            found[_name(source)] = _hash_rows(read_source(source.path, split=source.split, subset=source.subset))
     return found
+
+
+def _name(source: SourceSpec) -> str:
+    return f"{source.path}[{source.subset or 'default'}/{source.split}]"
+
+
+def _hash_rows(rows: Iterable[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row.data, default=str).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def begin(partial: Path, spec: TrainSpec, data: Mapping[str, str]) -> None:
@@ -43,9 +57,11 @@ def begin(partial: Path, spec: TrainSpec, data: Mapping[str, str]) -> None:
     write_text(partial / IDENTITY, json.dumps({"fingerprint": _fingerprint(spec, data)}) + "\n")
 
 
-def finish(folder: Path) -> None:
-    """Drop the note from a folder in its place; the run is complete."""
+def finish(folder: Path, *, keep_checkpoints: bool) -> None:
+    """Drop from a folder in its place what only a run under way needs; the run is complete."""
     (folder / IDENTITY).unlink()
+    if not keep_checkpoints:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def last_checkpoint(partial: Path, spec: TrainSpec, data: Mapping[str, str]) -> Path | None:

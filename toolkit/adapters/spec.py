@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from toolkit.specs import Files, Folder, FolderOrObject, Spec
+from toolkit.adapters.catalogue import FULL
+from toolkit.specs import Folder, FolderOrObject, Spec
 
 Base = Annotated[FolderOrObject, PlainSerializer(lambda b: str(b) if isinstance(b, str | Path) else type(b).__name__)]
 """A folder, a hub id, `toolkit:base`, or a pair `(model, tokenizer)` in memory."""
+
+
+def as_sources(value: Any) -> Any:
+    """Return a list of sources where one was given."""
+    listed = [value] if isinstance(value, str | Path | Mapping | SourceSpec) else value
+    return [str(v) if isinstance(v, Path) else v for v in listed] if isinstance(listed, list) else listed
 
 
 class AdapterSpec(Spec):
     """What is trained.
 
     Attributes:
-        method: `lora`, with the fields of PEFT's `LoraConfig` beside it; or `full`, every weight of the model.
+        method: any that PEFT has, in lower case, with the fields of its configuration beside it; or `full`: the
+            model's own weights.
+        layers: numbers of the layers that are trained, from 0, or from -1 at the end; all by default. With `full`
+            embeddings, last norm and head are trained only where all layers are.
     """
 
     model_config = ConfigDict(extra="allow")
 
-    method: Literal["lora", "full"] = "lora"
+    method: str = "lora"
+    layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -30,26 +42,73 @@ class AdapterSpec(Spec):
         return dict(self.model_extra or {})
 
 
+class SourceSpec(Spec):
+    """One file or data set.
+
+    Attributes:
+        path: a JSONL, CSV or Parquet file, a folder that holds a data set, or a hub id.
+        split: of a data set.
+        subset: of a data set that has several.
+        fields: its own name of a field, by the name that it gets: `{prompt: question, completion: answer}`.
+        weight: its share of the rows of an epoch, up to a common factor.
+        task: which task its rows are, for methods that learn several at once.
+    """
+
+    path: str
+    split: str = "train"
+    subset: str | None = None
+    fields: dict[str, str] = Field(default_factory=dict)
+    weight: Annotated[float, Field(gt=0)] | None = None
+    task: str | None = None
+
+
+Sources = Annotated[list[str | SourceSpec], BeforeValidator(as_sources), Field(min_length=1)]
+"""One file or data set, or a list of them; a path alone stands for a source with nothing else to say."""
+
+
 class DataSpec(Spec):
     """What it is trained on.
 
     Attributes:
-        train: JSONL files of `prompt` and `completion`, `messages`, or `text`.
-        validation: JSONL files on which the loss is measured.
+        train: files and data sets with rows of `prompt` and `completion`, `messages`, or `text`.
+        validation: those on which the loss is measured.
+        temperature: above 1, small sources give more rows and large ones fewer: shares are the sizes to the power
+            `1 / temperature`.
+        epoch_rows: rows of an epoch, where sources have weights or a temperature; by default as many as they have.
         train_on_inputs: train prompts as well as answers.
         max_length: most tokens of a row; by default what the model can take, which only packed rows may exceed.
         packing: put several short rows into one, kept apart from each other; refused for a model that cannot.
+        batches: rows of like length in a batch, so that little of it is padding; or any.
         too_long: what to do with a longer row.
         empty: what to do with a row in which no token is trained.
     """
 
-    train: Files
-    validation: Files | None = None
+    train: Sources
+    validation: Sources | None = None
+    temperature: Annotated[float, Field(ge=1)] | None = None
+    epoch_rows: Annotated[int, Field(ge=1)] | None = None
     train_on_inputs: bool = False
     max_length: Annotated[int, Field(ge=2)] | None = None
     packing: bool = False
+    batches: Literal["by_length", "random"] = "by_length"
     too_long: Literal["error", "truncate", "skip"] = "error"
     empty: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSpec:
+        weighted = [source.weight is not None for source in self.sources()]
+        if any(weighted) and self.temperature is not None:
+            raise ValueError("weights and a temperature both say how much each source gives; leave one out")
+        if any(weighted) and not all(weighted):
+            raise ValueError("some sources of train have a weight; give every one of them one")
+        if self.epoch_rows is not None and not any(weighted) and self.temperature is None:
+            raise ValueError("epoch_rows needs weights of the sources, or a temperature")
+        return self
+
+    def sources(self, validation: bool = False) -> list[SourceSpec]:
+        """Return the sources of `train`, or of `validation`."""
+        chosen = (self.validation or ()) if validation else self.train
+        return [SourceSpec(path=source) if isinstance(source, str) else source for source in chosen]
 
 
 class TrainingSpec(Spec):
@@ -70,13 +129,14 @@ class TrainingSpec(Spec):
         seed: of the initial adapter, the order of the data, and dropout.
         logging_steps: steps between two entries of the metrics.
         eval_steps: steps between two evaluations; by default one per epoch.
-        save_steps: steps between two checkpoints, which `--resume` goes on from; by default none are kept. Early
-            stopping keeps one of every evaluation besides.
+        save_steps: steps between two checkpoints, which `--resume` goes on from; by default none are made. Early
+            stopping makes one at every evaluation besides.
         save_total_limit: newest checkpoints that are kept, besides the best one that early stopping needs.
+        keep_checkpoints: leave them beside the result of a finished run.
         early_stopping_patience: evaluations without a better loss after which training stops; the best
             checkpoint is then the result.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        report_to: besides the JSONL file of metrics.
+        report_to: besides the JSONL file of metrics; `plot` draws the losses into `loss.png` at the end.
     """
 
     num_epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -95,9 +155,10 @@ class TrainingSpec(Spec):
     eval_steps: Annotated[int, Field(ge=1)] | None = None
     save_steps: Annotated[int, Field(ge=1)] | None = None
     save_total_limit: Annotated[int, Field(ge=1)] = 2
+    keep_checkpoints: bool = False
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
     gradient_checkpointing: bool = False
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    report_to: tuple[Literal["tensorboard", "plot", "wandb", "trackio"], ...] = ("tensorboard",)
 
 
 class TrainSpec(Spec):
@@ -129,11 +190,11 @@ class TrainSpec(Spec):
     def _consistent(self) -> TrainSpec:
         if self.training.early_stopping_patience and not self.data.validation:
             raise ValueError("training.early_stopping_patience needs data.validation")
-        if self.save_dtype and self.adapter.method != "full":
+        if self.save_dtype and self.adapter.method != FULL:
             raise ValueError("save_dtype needs adapter.method: full; adapters are saved as they are trained")
         if self.save_dtype and self.save_dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"save_dtype is float32, bfloat16 or float16, not {self.save_dtype}")
-        if self.initialize == "random" and self.adapter.method != "full":
+        if self.initialize == "random" and self.adapter.method != FULL:
             raise ValueError(
                 "initialize: random needs adapter.method: full; an adapter of random weights learns nothing"
             )

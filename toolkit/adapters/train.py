@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit import specs
-from toolkit.adapters import runs
+from toolkit.adapters import plots, runs
+from toolkit.adapters.catalogue import FULL
 from toolkit.adapters.config import faults
+from toolkit.adapters.dataset import train_set, validation_set
 from toolkit.adapters.records import as_text, limits, write_records
 from toolkit.adapters.spec import TrainSpec
 from toolkit.checkpoints.writer import check_free, commit, locked, staging_path
-from toolkit.data.pack import Packed, alone, pack
-from toolkit.data.render import Renderer, RenderReport
-from toolkit.data.rows import read_rows
 from toolkit.errors import Problem
 from toolkit.models.load import LoadedModel, quiet_transformers
 from toolkit.tables import Report, Table
@@ -40,12 +39,6 @@ class TrainResult(Report):
     """
 
     path: Path = Path()
-
-
-@dataclass(frozen=True)
-class _Dataset:
-    rows: list[Packed]
-    report: RenderReport
 
 
 def train(
@@ -96,7 +89,7 @@ def train(
         finally:
             if partial.exists() and not runs.checkpoints(partial):
                 shutil.rmtree(partial)  # nothing in it that could be resumed
-    runs.finish(folder)
+    runs.finish(folder, keep_checkpoints=loaded.training.keep_checkpoints)
     return _result(numbers, folder)
 
 
@@ -111,7 +104,9 @@ def _run(spec: TrainSpec, partial: Path, name: str, checkpoint: Path | None, qui
             check_packing(spec, loaded)
         numbers = _train(spec, loaded, Run(partial, name, checkpoint, quiet))
         save(spec, loaded, partial)
-    warning = limits(partial) if spec.adapter.method != "full" else None
+    if "plot" in spec.training.report_to:
+        plots.save_loss_plot(partial / runs.METRICS, partial / plots.NAME)
+    warning = limits(partial) if spec.adapter.method != FULL else None
     numbers |= {"warning": warning} if warning else {}
     return {**numbers, "seconds": round(time.perf_counter() - started, 2)}
 
@@ -119,37 +114,19 @@ def _run(spec: TrainSpec, partial: Path, name: str, checkpoint: Path | None, qui
 def _train(spec: TrainSpec, loaded: LoadedModel, run: Run) -> dict[str, Any]:
     from toolkit.adapters.trainer import eval_loss, go, make_trainer, train_loss
 
-    train_set = _dataset(spec, spec.data.train, loaded)
-    eval_set = _dataset(spec, spec.data.validation, loaded) if spec.data.validation else None
-    trainer = make_trainer(spec, run, loaded, train_set.rows, eval_set.rows if eval_set else None)
+    trained, measured = train_set(spec, loaded), validation_set(spec, loaded)
+    trainer = make_trainer(spec, run, loaded, trained.rows, measured.rows if measured else None)
     go(trainer, run.checkpoint)
     parameters = list(loaded.model.parameters())
     return {
         "steps": trainer.state.global_step,
         "train_loss": train_loss(trainer),
-        "eval_loss": eval_loss(trainer) if eval_set else None,
+        "eval_loss": eval_loss(trainer) if measured else None,
         "best_step": trainer.state.best_global_step,
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "parameters": sum(p.numel() for p in parameters),
-        "data": train_set.report.to_dict(),
+        "data": trained.report,
     }
-
-
-def _dataset(spec: TrainSpec, files: Sequence[str], loaded: LoadedModel) -> _Dataset:
-    data, tokenizer = spec.data, loaded.tokenizer
-    context = _context(loaded)
-    longest = data.max_length or min(context or 1024, tokenizer.model_max_length)
-    options = {"train_on_inputs": data.train_on_inputs, "context": context}
-    renderer = Renderer(tokenizer, longest, data.too_long, data.empty, **options)
-    examples, report = renderer.render_all(read_rows(files))
-    # Positions start anew in every document, so a packed row may be longer than the model's context.
-    return _Dataset(pack(examples, longest) if data.packing else [alone(e) for e in examples], report)
-
-
-def _context(loaded: LoadedModel) -> int | None:
-    """Return the most tokens that the positions of a model reach, where its config says so."""
-    config = loaded.model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
 def _result(numbers: Mapping[str, Any], folder: Path) -> TrainResult:

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftModel, get_peft_model
 
+from toolkit.adapters.catalogue import FULL
 from toolkit.adapters.config import peft_config
 from toolkit.adapters.spec import TrainSpec
+from toolkit.adapters.state import save_adapter
+from toolkit.checkpoints.layout import Layout, layer_of
 from toolkit.errors import Problem
 from toolkit.models.load import LoadedModel, init_model, load_model, pick_device
 from toolkit.models.modes import modes_kept
@@ -32,17 +35,18 @@ def trainee(spec: TrainSpec) -> Iterator[LoadedModel]:
     if spec.initialize == "random":
         loaded = init_model(spec.base, seed=spec.training.seed, device=device, trust_remote_code=spec.trust_remote_code)
     else:
-        dtype = torch.bfloat16 if computes_bfloat16(spec) and spec.adapter.method != "full" else torch.float32
+        dtype = torch.bfloat16 if computes_bfloat16(spec) and spec.adapter.method != FULL else torch.float32
         loaded = load_model(spec.base, device=device, dtype=dtype, trust_remote_code=spec.trust_remote_code)
     with _restored(loaded.model):
-        if spec.adapter.method == "full":
+        if spec.adapter.method == FULL:
+            _freeze_other_layers(spec, loaded)
             yield loaded
             return
         adapted = _adapted(spec, loaded)
         try:
             yield LoadedModel(loaded.source, adapted, loaded.tokenizer)  # pyright: ignore[reportArgumentType]  # wraps it
         finally:
-            adapted.unload()
+            _take_off(adapted)
 
 
 def computes_bfloat16(spec: TrainSpec) -> bool:
@@ -56,12 +60,47 @@ def _adapted(spec: TrainSpec, loaded: LoadedModel) -> PeftModel:
     config, found = peft_config(spec.adapter)
     if config is None:
         raise spec.error(found)
+    if spec.adapter.layers is not None:
+        config.layers_to_transform = _layers(spec, loaded)  # pyright: ignore[reportAttributeAccessIssue]  # checked
+    if "hidden_size" in vars(config) and "hidden_size" not in spec.adapter.fields:
+        config.hidden_size = loaded.model.config.get_text_config().hidden_size  # pyright: ignore[reportAttributeAccessIssue]
+    loaded.model.config.use_cache = False  # X-LoRA wants it so; the trainer turns it off for all
     try:
         adapted = get_peft_model(loaded.model, config)
-    except (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise spec.error([Problem("adapter", f"PEFT refuses it: {' '.join(str(error).split())}")]) from error
     assert isinstance(adapted, PeftModel)
+    if not any(value.requires_grad for value in adapted.parameters()):
+        message = f"{spec.adapter.method} found nothing to train here; its target_modules are no layers that it knows"
+        raise spec.error([Problem("adapter", message)])
     return adapted
+
+
+def _layers(spec: TrainSpec, loaded: LoadedModel) -> list[int]:
+    """Return the numbers of a spec's layers from 0, checked against the model."""
+    count = max(Layout(name for name, _ in loaded.model.named_parameters()).num_layers.values(), default=0)
+    wrong = [layer for layer in spec.adapter.layers or () if not -count <= layer < count]
+    if wrong:
+        raise spec.error([Problem("adapter.layers", f"no layer {wrong[0]}; the model has {count}")])
+    return sorted({layer % count for layer in spec.adapter.layers or ()})
+
+
+def _freeze_other_layers(spec: TrainSpec, loaded: LoadedModel) -> None:
+    """Leave only the spec's layers to be trained, if it names some."""
+    if spec.adapter.layers is None:
+        return
+    chosen = _layers(spec, loaded)
+    for name, value in loaded.model.named_parameters():
+        place = layer_of(name)
+        value.requires_grad_(place is not None and place[1] in chosen)
+
+
+def _take_off(adapted: PeftModel) -> None:
+    """Give the base back without the adapter; methods that are not made of layers around its own know other ways."""
+    for name in ("unload", "disable_adapter_layers"):
+        if hasattr(adapted.base_model, name):
+            getattr(adapted.base_model, name)()
+            return
 
 
 def save(spec: TrainSpec, loaded: LoadedModel, folder: Path) -> None:
@@ -70,8 +109,7 @@ def save(spec: TrainSpec, loaded: LoadedModel, folder: Path) -> None:
     if isinstance(model, PeftModel):
         # PEFT would write what the model calls itself; the spec's own words find the base again.
         model.peft_config["default"].base_model_name_or_path = loaded.source
-        # Copies of embeddings that a LoRA targets are of no use: training never resizes them.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        save_adapter(model, folder)
         return
     config, trained_as, use_cache = model.config, model.dtype, model.config.use_cache
     config.use_cache = True  # the trainer turned it off
@@ -88,11 +126,14 @@ def _restored(model: PreTrainedModel) -> Iterator[None]:
     config = model.config
     had_cache, use_cache = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
     frozen = {name: value.requires_grad for name, value in model.named_parameters()}
+    own_forward = "forward" in vars(model)
     recomputed = [(m, m.gradient_checkpointing) for m in model.modules() if hasattr(m, "gradient_checkpointing")]
     try:
         with modes_kept(model):
             yield
     finally:
+        if not own_forward:
+            vars(model).pop("forward", None)  # accelerate's, for mixed precision
         if had_cache:
             config.use_cache = use_cache
         for module, on in recomputed:

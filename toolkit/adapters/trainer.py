@@ -9,14 +9,18 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
-from toolkit.adapters import runs
-from toolkit.adapters.callbacks import MetricsFile, Rhythm, ShowProgress, tensorboard
+from toolkit.adapters import catalogue, runs
+from toolkit.adapters.callbacks import Allocation, MetricsFile, Rhythm, ShowProgress, tensorboard
+from toolkit.adapters.loop import AdapterTrainer, Order
 from toolkit.adapters.spec import TrainSpec
 from toolkit.adapters.trainee import computes_bfloat16
 from toolkit.data.collate import Collator
 from toolkit.data.pack import Packed
 from toolkit.errors import Problem
 from toolkit.models.load import LoadedModel, pick_device
+
+OURS = ("tensorboard", "plot")
+"""Reports that are not made by transformers."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,28 @@ def make_trainer(
         callbacks.append(tensorboard(run.folder / "tensorboard"))
     if spec.training.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(spec.training.early_stopping_patience))
-    trainer = Trainer(
+    fields = spec.adapter.fields
+    callbacks += [Allocation(loaded.model, "total_step" not in fields), Rhythm(spec.training.save_steps)]
+    method = catalogue.find(spec.adapter.method)
+    order = Order(
+        [len(row.tokens) for row in train_rows],
+        spec.training.batch_size,
+        seed=spec.training.seed,
+        by_length=spec.data.batches == "by_length",
+    )
+    trainer = AdapterTrainer(
+        order=order,
         model=loaded.model,
         args=_arguments(spec, run.folder, bool(eval_rows)),
         train_dataset=train_rows,  # pyright: ignore[reportArgumentType]  # any sequence will do
         eval_dataset=eval_rows,  # pyright: ignore[reportArgumentType]
-        data_collator=Collator(int(loaded.tokenizer.pad_token_id or 0)),
-        callbacks=[*callbacks, Rhythm(spec.training.save_steps)],
+        data_collator=collator(spec, loaded),
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    if method and method.own_loss:
+        # A mean over the micro-batches of a step; what such a method adds to the loss is no sum over tokens.
+        trainer.model_accepts_loss_kwargs = False
     if spec.training.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
@@ -66,6 +83,16 @@ def make_trainer(
         message = f"{spec.training.optimizer} cannot be used here ({' '.join(str(error).split())})"
         raise spec.error([Problem("training.optimizer", message)]) from None
     return trainer
+
+
+def collator(spec: TrainSpec, loaded: LoadedModel) -> Collator:
+    """Return what makes batches: PEFT numbers positions itself where it puts virtual tokens before a row."""
+    method = catalogue.find(spec.adapter.method)
+    return Collator(
+        int(loaded.tokenizer.pad_token_id or 0),
+        positions=method is None or not method.virtual_tokens,
+        tasks=method is not None and method.task_field is not None,
+    )
 
 
 def go(trainer: Trainer, checkpoint: Path | None) -> None:
@@ -126,7 +153,7 @@ def _arguments(spec: TrainSpec, folder: Path, evaluate: bool) -> TrainingArgumen
         logging_steps=t.logging_steps,
         save_total_limit=t.save_total_limit,
         use_cpu=pick_device(spec.device).type == "cpu",
-        report_to=[name for name in t.report_to if name != "tensorboard"],
+        report_to=[name for name in t.report_to if name not in OURS],
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,

@@ -13,6 +13,8 @@ import typer
 from toolkit.errors import SpecError
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from toolkit.tables import Report, Table
 
 SpecFile = Annotated[Path, typer.Argument(help="YAML file of the spec.", show_default=False)]
@@ -44,6 +46,15 @@ def show_tables(tables: Sequence[Table]) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=200)
     for table in tables:
         console.print(table)
+
+
+def show_texts(texts: Sequence[Text]) -> None:
+    """Print coloured texts, a blank line after each; nothing is broken into lines where the output is no terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    for text in texts:
+        console.print(text, end="\n\n")
 
 
 def named_paths(pairs: Sequence[str], option: str) -> dict[str, str]:

@@ -21,13 +21,15 @@ class Collator:
 
     Args:
         pad: id of the padding token.
+        positions: pass `position_ids`, which packed rows need.
+        tasks: pass `task_ids`, the number of each row's task.
     """
 
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
+    def __init__(self, pad: int, *, positions: bool = True, tasks: bool = False) -> None:
+        self.pad, self.positions, self.tasks = pad, positions, tasks
 
     def __call__(self, rows: Sequence[Packed]) -> dict[str, torch.Tensor]:
-        """Return `input_ids`, `labels` and `position_ids`, each `[B, T]`."""
+        """Return `input_ids`, `labels` and, if wanted, `position_ids`, each `[B, T]`; `task_ids` `[B]`."""
         import torch
 
         length = max(len(row.tokens) for row in rows)
@@ -39,8 +41,9 @@ class Collator:
             tokens.append(row.tokens + [self.pad] * missing)
             labels.append(row.labels + [IGNORED] * missing)
             positions.append([*row.positions, *(p % longest for p in range(after, after + missing))])
-        return {
-            "input_ids": torch.tensor(tokens),
-            "labels": torch.tensor(labels),
-            "position_ids": torch.tensor(positions),
-        }
+        batch = {"input_ids": torch.tensor(tokens), "labels": torch.tensor(labels)}
+        if self.positions:
+            batch["position_ids"] = torch.tensor(positions)
+        if self.tasks:
+            batch["task_ids"] = torch.tensor([row.task for row in rows])
+        return batch

@@ -22,11 +22,13 @@ class Packed:
         tokens: ids of all documents.
         labels: as of the documents, but for the first token of each, which no other document may predict.
         positions: position of each token in its document.
+        task: number of the task of all its documents, where that matters.
     """
 
     tokens: list[int]
     labels: list[int]
     positions: list[int]
+    task: int = 0
 
 
 def alone(example: Example) -> Packed:
@@ -35,7 +37,7 @@ def alone(example: Example) -> Packed:
 
 
 def concatenate(examples: Sequence[Example]) -> Packed:
-    """Put examples one after another."""
+    """Put examples of one task one after another."""
     tokens: list[int] = []
     labels: list[int] = []
     positions: list[int] = []
@@ -43,7 +45,7 @@ def concatenate(examples: Sequence[Example]) -> Packed:
         tokens += example.tokens
         labels += [IGNORED, *example.labels[1:]]
         positions += range(len(example.tokens))
-    return Packed(tokens, labels, positions)
+    return Packed(tokens, labels, positions, examples[0].task)
 
 
 def pack(examples: Sequence[Example], length: int) -> list[Packed]:

@@ -33,10 +33,12 @@ class Example:
     Attributes:
         tokens: ids.
         labels: ids, or -100 where the token is not trained; the model shifts them.
+        task: number of its task, where that matters.
     """
 
     tokens: list[int]
     labels: list[int]
+    task: int = 0
 
     @property
     def num_trained(self) -> int:

@@ -1,15 +1,18 @@
-"""Read rows from JSONL files; every fault names the file and the line."""
+"""Read rows from JSONL, CSV and Parquet files and from data sets; every fault names the file and the line."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit.checkpoints.writer import write_text
+from toolkit.data.formats import CSV, PARQUET, Numbered, read_csv, read_dataset, read_parquet
 from toolkit.errors import DataError, MissingError
+from toolkit.names import did_you_mean
 
 FORMS = "prompt and completion, messages, or text"
 
@@ -28,15 +31,63 @@ class Row:
 
 
 def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
-    """Read every row of one or more JSONL files, in order.
+    """Read every row of one or more files or data sets, in order.
 
     Raises:
-        MissingError: no such file.
+        MissingError: no such file or data set.
         DataError: a line that is no JSON object of plain text and numbers, text that is not UTF-8, or a file
             without rows.
+        UnsupportedError: a package that its format needs is not installed.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
-    return [row for file in files for row in _read_file(Path(file).expanduser())]
+    return [row for file in files for row in read_source(file)]
+
+
+def read_source(
+    source: str | Path, *, split: str = "train", subset: str | None = None, fields: Mapping[str, str] | None = None
+) -> Iterator[Row]:
+    """Yield the rows of one file or data set.
+
+    Args:
+        source: a JSONL, CSV or Parquet file, by its suffix; or a folder or a hub id that `datasets` reads.
+        split: of a data set.
+        subset: of a data set that has several; also called its configuration.
+        fields: the source's own name of a field, by the name that it gets; other fields keep theirs.
+
+    Raises:
+        As `read_rows`, and DataError where a field is not there.
+    """
+    path = Path(source).expanduser()
+    found = False
+    for data, place in _numbered(str(source), path, split, subset):
+        found = True
+        yield Row(_renamed(data, fields, place) if fields else data, place)
+    if not found:
+        raise DataError(f"{path}: the file has no rows")
+
+
+def _numbered(source: str, path: Path, split: str, subset: str | None) -> Numbered:
+    if path.is_dir() or (not path.exists() and _is_hub_id(source)):
+        return read_dataset(str(path) if path.is_dir() else source, split=split, subset=subset)
+    if not path.is_file():
+        raise MissingError(f"{path}: no such data file")
+    if path.suffix.lower() in CSV:
+        return read_csv(path, CSV[path.suffix.lower()])
+    return read_parquet(path) if path.suffix.lower() == PARQUET else _read_jsonl(path)
+
+
+def _is_hub_id(text: str) -> bool:
+    """Tell whether a text may be `owner/name`; a name with a data file's suffix is a file's."""
+    suffixes = (*CSV, PARQUET, ".jsonl", ".json")
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and not text.endswith(suffixes)
+
+
+def _renamed(data: Mapping[str, Any], fields: Mapping[str, str], place: str) -> dict[str, Any]:
+    for theirs in fields.values():
+        if theirs not in data:
+            raise DataError(f"{place}: no field {theirs!r}{did_you_mean(theirs, data)}")
+    kept = {key: value for key, value in data.items() if key not in fields.values()}
+    return kept | {ours: data[theirs] for ours, theirs in fields.items()}
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -94,18 +145,11 @@ def split_answer(row: Row) -> tuple[list[dict[str, str]] | str, str]:
     return prompt, completion
 
 
-def _read_file(path: Path) -> Iterator[Row]:
-    if not path.is_file():
-        raise MissingError(f"{path}: no such data file")
-    found = False
+def _read_jsonl(path: Path) -> Numbered:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            found = True
-            yield Row(_parse(line, f"{path}:{number}"), f"{path}:{number}")
-    if not found:
-        raise DataError(f"{path}: the file has no rows")
+            if line.strip():
+                yield _parse(line, f"{path}:{number}"), f"{path}:{number}"
 
 
 def _parse(line: bytes, place: str) -> Mapping[str, Any]:

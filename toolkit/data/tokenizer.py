@@ -17,6 +17,7 @@ class Tokenizer(Protocol):
     model_max_length: int
     is_fast: bool
     special_tokens_map: Mapping[str, Any]
+    added_tokens_decoder: Mapping[int, Any]
 
     def __call__(self, text: str, **options: Any) -> Any:
         """Return the ids of a text and what else the options ask for."""
@@ -30,7 +31,11 @@ class Tokenizer(Protocol):
         """Return the text of ids."""
         ...
 
-    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: Any) -> Any:
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        """Return the vocabulary's own entry of an id."""
+        ...
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         """Render chat messages."""
         ...
 
