@@ -8,6 +8,8 @@ from pathlib import Path
 # Before torch is imported: several threads in several test processes slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before triton is imported, which PEFT does: kernels run on the CPU, slowly.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

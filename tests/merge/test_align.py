@@ -95,10 +95,10 @@ def permuted(model: PreTrainedModel, seed: int, without: str | None = None) -> P
 
 
 def as_model(checkpoint: Checkpoint, like: PreTrainedModel) -> PreTrainedModel:
+    state = {name: checkpoint.tensor(name) for name in checkpoint.tensors}
     with quiet_transformers():
-        copy = AutoModelForCausalLM.from_config(like.config).to(like.dtype).eval()
-    copy.load_state_dict({name: checkpoint.tensor(name) for name in copy.state_dict()})
-    return copy
+        copy = type(like).from_pretrained(None, config=like.config, state_dict=state, dtype=like.dtype)
+    return copy.eval()
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:

@@ -14,6 +14,12 @@ from toolkit.kernels.impl import Impl, resolve
 if TYPE_CHECKING:
     import torch
 
+    from toolkit.kernels.grouped_lora.pages import PagedPairs
+    from toolkit.kernels.grouped_lora.routes import Routes
+
+MAX_LINEARS = 3
+"""Linears that one launch serves: q, k and v."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -21,13 +27,17 @@ class Pair:
 
     Attributes:
         a_rK: first factor.
-        b_Nr: second factor, the scale folded in.
-        gain_N: DoRA's factor per output on `W x + B A x`, or `None` for LoRA.
+        b_Nr: second factor.
+        gain_N: DoRA's factor per output on the changed linear's output, or `None` for LoRA.
+        scale: of the product; kept apart so that it is not rounded to the dtype of the factors.
+        bias_N: added to `B (A x)` before it is scaled, as PEFT's `lora_bias` does.
     """
 
     a_rK: torch.Tensor
     b_Nr: torch.Tensor
     gain_N: torch.Tensor | None = None
+    scale: float = 1.0
+    bias_N: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,10 +66,11 @@ def grouped_lora(
     *,
     impl: Impl | None = None,
 ) -> None:
-    """Compute `y += weight * B (A x)` in place for the rows of every segment.
+    """Compute `y += weight * scale * B (A x)` in place for the rows of every segment.
 
     Rows in no segment, and segments whose adapter has no pair here, stay as they are, bit for bit. With a gain,
-    `y = gain * (y - bias + B (A x)) + bias`, which is DoRA.
+    `y = gain * (y - bias + scale * B (A x)) + bias`, which is DoRA. Factors lie anywhere in memory, which is why there
+    is no Triton form; `paged_lora` has one.
 
     Args:
         y_TN: the linear's own output, overwritten.
@@ -82,10 +93,108 @@ def grouped_lora(
     run(y_TN, x_TK, present, pairs, bias_N)
 
 
+def paged_lora(
+    ys: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    routes: Routes,
+    pairs: PagedPairs,
+    biases: Sequence[torch.Tensor | None] | None = None,
+    *,
+    impl: Impl | None = None,
+) -> None:
+    """Compute the same in place for all linears that read `x`, with factors in the pages of a pool.
+
+    Rows without an adapter stay as they are, bit for bit. A row's inner products are rounded to the dtype of `x` where
+    they go through tensor cores, as they are when torch multiplies twice; in float16 they must not exceed its range.
+
+    Args:
+        ys: output `[T, N]` of each linear, overwritten; features lie next to each other, rows anywhere.
+        x: `[T, K]`, likewise; or `[T]` int64, ids of rows of an embedding, whose A is `[r, vocabulary]`.
+        routes: which adapters work on which rows.
+        pairs: factors of all adapters at these linears.
+        biases: of each linear, already in `ys`; what a DoRA must not rescale.
+        impl: form to run.
+
+    Raises:
+        ValueError: tensors that do not fit each other, or a DoRA that is weighted or combined.
+        UnsupportedError: no such form on this device.
+    """
+    form = resolve(impl, ("triton", "torch", "reference"), x.device, "paged_lora")
+    biases = biases or [None] * (len(pairs.widths) - 1)
+    _check_tensors(ys, x, routes, pairs, biases)
+    routes.check_dora(pairs)
+    if form == "triton":
+        from toolkit.kernels.grouped_lora.triton_form import paged_lora as run
+    elif form == "torch":
+        from toolkit.kernels.grouped_lora.torch_form import paged_lora as run
+    else:
+        from toolkit.kernels.grouped_lora.reference import paged_lora as run
+    run(ys, x, routes, pairs, biases)
+
+
+def paged_lora_backward(
+    dys: Sequence[torch.Tensor],
+    x_TK: torch.Tensor,
+    routes: Routes,
+    pairs: PagedPairs,
+    *,
+    impl: Impl | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of what `paged_lora` adds, for training several adapters in one batch.
+
+    Args:
+        dys: gradient of each output, `[T, N]`.
+        x_TK: the linears' input.
+        routes: as forward; their weights get no gradient.
+        pairs: as forward, LoRAs only.
+        impl: form to run.
+
+    Returns:
+        The gradient of `x`, and float32 `[pages, page]`: the gradient of every element of the pool, 0 elsewhere.
+
+    Raises:
+        ValueError: tensors that do not fit each other, or an adapter with a bias or a gain.
+        UnsupportedError: no such form on this device.
+    """
+    form = resolve(impl, ("triton", "reference"), x_TK.device, "paged_lora_backward")
+    _check_tensors(dys, x_TK, routes, pairs, [None] * (len(pairs.widths) - 1))
+    if pairs.has_extras[routes.slots[routes.slots >= 0]].any():
+        raise ValueError("no gradients of biases and of DoRA's gains")
+    if form == "triton":
+        from toolkit.kernels.grouped_lora.triton_form import paged_lora_backward as run
+    else:
+        from toolkit.kernels.grouped_lora.reference import paged_lora_backward as run
+    return run(dys, x_TK, routes, pairs)
+
+
+def _check_tensors(
+    ys: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    routes: Routes,
+    pairs: PagedPairs,
+    biases: Sequence[torch.Tensor | None],
+) -> None:
+    rows, width, *widths = len(routes.slots), *pairs.widths
+    if not 1 <= len(widths) <= MAX_LINEARS:
+        raise ValueError(f"{len(widths)} linears at once, at most {MAX_LINEARS}")
+    given, wanted = [tuple(y.shape) for y in ys], [(rows, n) for n in widths]
+    if given != wanted or tuple(x.shape) not in ((rows, width), (rows,)):
+        raise ValueError(f"input {tuple(x.shape)} and outputs {given}, expected {(rows, width)} and {wanted}")
+    given = [(n,) if bias is None else tuple(bias.shape) for n, bias in zip(widths, biases, strict=True)]
+    if given != [(n,) for n in widths]:
+        raise ValueError(f"biases of shapes {given} for outputs {wanted}")
+    dtypes = {t.dtype for t in (*ys, pairs.pool, *(b for b in biases if b is not None), *([x] if x.dim() == 2 else []))}
+    if len(dtypes) > 1:
+        raise ValueError(f"tensors of different types: {', '.join(sorted(str(d) for d in dtypes))}")
+    if any(t.stride(-1) != 1 for t in (*ys, x) if t.shape[-1] > 1):
+        raise ValueError("features of inputs and outputs must lie next to each other")
+
+
 def _check_dora(segments: Sequence[Segment], pairs: Mapping[str, Pair]) -> None:
     for dora in (s for s in segments if pairs[s.adapter].gain_N is not None):
         shared = any(s is not dora and s.start < dora.stop and dora.start < s.stop for s in segments)
         if dora.weight != 1 or shared:
-            raise ValueError(
-                "a DoRA rescales the whole output, so it cannot be weighted or combined with another adapter"
-            )
+            raise ValueError(DORA_ALONE)
+
+
+DORA_ALONE = "a DoRA rescales the whole output, so it cannot be weighted or combined with another adapter"

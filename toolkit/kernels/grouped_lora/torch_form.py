@@ -9,6 +9,8 @@ import torch
 
 if TYPE_CHECKING:
     from toolkit.kernels.grouped_lora.api import Pair, Segment
+    from toolkit.kernels.grouped_lora.pages import PagedPairs
+    from toolkit.kernels.grouped_lora.routes import Routes
 
 
 def grouped_lora(
@@ -21,11 +23,33 @@ def grouped_lora(
     """See the api."""
     for segment in segments:
         pair = pairs[segment.adapter]
-        x, y = x_TK[segment.start : segment.stop], y_TN[segment.start : segment.stop]
-        inner_Tr = torch.mm(x, pair.a_rK.T)
-        y.addmm_(inner_Tr, pair.b_Nr.T, alpha=segment.weight)
-        if pair.gain_N is not None:
-            if bias_N is not None:
-                y.sub_(bias_N).mul_(pair.gain_N).add_(bias_N)
-            else:
-                y.mul_(pair.gain_N)
+        inner_Tr = torch.mm(x_TK[segment.start : segment.stop], pair.a_rK.T)
+        _change(y_TN[segment.start : segment.stop], inner_Tr, pair, segment.weight, bias_N)
+
+
+def paged_lora(
+    ys: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    routes: Routes,
+    pairs: PagedPairs,
+    biases: Sequence[torch.Tensor | None],
+) -> None:
+    """See the api."""
+    for start, stop, slot, weight in routes.segments:
+        for linear, y_TN in enumerate(ys):
+            pair = pairs.pair(slot, linear)
+            if pair is not None:
+                rows = x[start:stop]
+                inner_Tr = torch.mm(rows, pair.a_rK.T) if x.dim() == 2 else pair.a_rK.T[rows]
+                _change(y_TN[start:stop], inner_Tr, pair, weight, biases[linear])
+
+
+def _change(y_TN: torch.Tensor, inner_Tr: torch.Tensor, pair: Pair, weight: float, bias_N: torch.Tensor | None) -> None:
+    """Add one adapter's change to some rows, in place."""
+    y_TN.addmm_(inner_Tr, pair.b_Nr.T, alpha=weight * pair.scale)
+    if pair.bias_N is not None:
+        y_TN.add_(pair.bias_N, alpha=weight * pair.scale)
+    if pair.gain_N is not None and bias_N is not None:
+        y_TN.sub_(bias_N).mul_(pair.gain_N).add_(bias_N)
+    elif pair.gain_N is not None:
+        y_TN.mul_(pair.gain_N)

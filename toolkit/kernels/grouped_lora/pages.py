@@ -1,0 +1,258 @@
+"""How the factors of adapters lie in the pages of a pool, for linears that read the same input.
+
+A factor is a matrix with one row per rank: A is `[r, K]`, B lies as its transpose `[r, N]`. Every such *rank row* is
+cut into pieces of at most one page. Pieces of the same width share pages, as many as fit, each at a multiple of 16
+elements; a list of offsets says where the pieces are, so pages may lie anywhere and no rank is padded to another.
+
+    rank row, K = 11008, page = 4096:   | 4096        | 4096        | 2816      |
+    offsets of that row:                  o0            o1            o2            in 16 elements from the pool's start
+
+Shape suffixes: S slots of adapters, P linears, T rows, K input features, N output features, r rank.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from toolkit.kernels.grouped_lora.api import Pair
+
+ALIGN = 16
+"""Elements of which every piece begins at a multiple, so that a GPU loads 16 bytes at a time or more."""
+
+START, RANK, COLUMN = 0, 1, 2
+"""What `sides` holds: first entry in the list of offsets, rank rows, their first column among the inner products."""
+
+BIAS, GAIN = 0, 1
+"""What `extras` holds."""
+
+
+class PagedPairs:
+    """The factors of all adapters at linears that read the same input: q, k and v, say.
+
+    Side 0 is A: the first factors of all linears under each other, since they multiply the same input. Side `1 + p` is
+    B of linear `p`. Backward, sides change places.
+
+    Args:
+        pool: `[pages, page]`, contiguous; the page is a power of two and at least 16 elements.
+        in_features: K.
+        out_features: N of each linear.
+        num_slots: adapters that can be placed.
+
+    Attributes:
+        sides: `[1 + P, 3, S]` int32: `START`, `RANK` and `COLUMN` of each side and slot.
+        scales: `[1 + P, S]` float32, 1 on side 0.
+        extras: `[P, 2, S]` int32: first entry in the list of offsets of the row of `BIAS` and of `GAIN`; -1 is none.
+        offsets: int32, where pieces begin, in units of `ALIGN` elements; replaced when it grows.
+        ranks: `[S]`, inner products of a row with each slot, on the host.
+    """
+
+    def __init__(self, pool: torch.Tensor, in_features: int, out_features: Sequence[int], num_slots: int) -> None:
+        page = pool.shape[1]
+        if page < ALIGN or page & (page - 1) or not pool.is_contiguous():
+            raise ValueError(
+                f"a pool is contiguous with pages of a power of two of at least {ALIGN} elements, not {page}"
+            )
+        self.pool, self.page = pool, page
+        self.widths = (in_features, *out_features)
+        self.num_slots = num_slots
+        linears = len(out_features)
+        self._sides = np.zeros((1 + linears, 3, num_slots), np.int32)
+        self._scales = np.ones((1 + linears, num_slots), np.float32)
+        self._extras = np.full((linears, 2, num_slots), -1, np.int32)
+        self._lists: dict[int, np.ndarray] = {}
+        self._pairs: dict[tuple[int, int], Pair | None] = {}
+        self._offsets = np.zeros(0, np.int32)
+        self._used = 0
+        self._upload()
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """`[S]`: inner products of a row with the adapter of each slot; 0 where there is none."""
+        return self._sides[0, RANK]
+
+    @property
+    def has_extras(self) -> np.ndarray:
+        """`[S]`: the adapter adds a bias or rescales an output."""
+        return np.asarray((self._extras >= 0).any(axis=(0, 1)))
+
+    @property
+    def is_dora(self) -> np.ndarray:
+        """`[S]`: the adapter rescales an output."""
+        return np.asarray((self._extras[:, GAIN] >= 0).any(axis=0))
+
+    def pieces(self, width: int) -> int:
+        """Return into how many pieces a rank row of that width is cut."""
+        return -(-width // self.page)
+
+    def pages_for(self, pairs: Sequence[Pair | None]) -> int:
+        """Return how many pages an adapter takes."""
+        counts: dict[int, int] = defaultdict(int)
+        for matrix in _matrices(pairs):
+            for start in range(0, matrix.shape[1], self.page):
+                counts[min(self.page, matrix.shape[1] - start)] += len(matrix)
+        return sum(-(-count // self._per_page(width)) for width, count in counts.items())
+
+    def place(self, slot: int, pairs: Sequence[Pair | None], pages: Sequence[int]) -> None:
+        """Copy an adapter into pages of the pool.
+
+        Args:
+            slot: that nobody has.
+            pairs: of each linear, `None` where the adapter leaves it alone.
+            pages: `pages_for(pairs)` of them, in any order.
+
+        Raises:
+            ValueError: a factor of another shape, or another number of pages.
+        """
+        self._check(pairs)
+        if len(pages) != self.pages_for(pairs):
+            raise ValueError(f"the adapter takes {self.pages_for(pairs)} pages, not {len(pages)}")
+        assert slot not in self._lists, f"slot {slot} is taken"
+        self._lists[slot] = self._copy(_matrices(pairs), list(pages))
+        ranks = [0 if pair is None else len(pair.a_rK) for pair in pairs]
+        self._sides[0, RANK, slot] = sum(ranks)
+        self._sides[1:, RANK, slot] = ranks
+        self._sides[1:, COLUMN, slot] = np.cumsum([0, *ranks[:-1]])
+        self._scales[1:, slot] = [1.0 if pair is None else pair.scale for pair in pairs]
+        for linear, pair in enumerate(pairs):
+            rows = (None, None) if pair is None else (pair.bias_N, pair.gain_N)
+            self._extras[linear, :, slot] = [-1 if row is None else 0 for row in rows]
+        self._append(slot)
+        self._upload()
+
+    def clear(self, slot: int) -> None:
+        """Forget the adapter of a slot; its pages are the caller's again."""
+        del self._lists[slot]
+        self._sides[:, :, slot] = 0
+        self._extras[:, :, slot] = -1
+        self._upload()
+
+    def pair(self, slot: int, linear: int) -> Pair | None:
+        """Read an adapter's factors at a linear back: views where the pieces lie evenly, else copies."""
+        if (slot, linear) not in self._pairs:
+            self._pairs[slot, linear] = self._pair(slot, linear)
+        return self._pairs[slot, linear]
+
+    def elements(self, slot: int, linear: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which elements of the flat pool are an adapter's A, `[r, K]`, and its B, `[N, r]`."""
+        (a, b), rank = self._starts(slot, linear), int(self._sides[1 + linear, RANK, slot])
+        a_rK, b_rN = self._elements(a, rank, self.widths[0]), self._elements(b, rank, self.widths[1 + linear])
+        return a_rK, b_rN.T
+
+    def _starts(self, slot: int, linear: int) -> tuple[int, int]:
+        """Return the first entries of A and of B in the list of offsets."""
+        before = int(self._sides[1 + linear, COLUMN, slot]) * self.pieces(self.widths[0])
+        return int(self._sides[0, START, slot]) + before, int(self._sides[1 + linear, START, slot])
+
+    def _pair(self, slot: int, linear: int) -> Pair | None:
+        (a, b), rank = self._starts(slot, linear), int(self._sides[1 + linear, RANK, slot])
+        if not rank:
+            return None
+        width = self.widths[1 + linear]
+        rows = self._extras[linear, :, slot].tolist()
+        bias, gain = (None if row < 0 else self._read(row, 1, width)[0] for row in rows)
+        b_Nr = self._read(b, rank, width).T
+        return Pair(self._read(a, rank, self.widths[0]), b_Nr, gain, float(self._scales[1 + linear, slot]), bias)
+
+    def _per_page(self, width: int) -> int:
+        return self.page // (-(-width // ALIGN) * ALIGN)
+
+    def _check(self, pairs: Sequence[Pair | None]) -> None:
+        if len(pairs) != len(self.widths) - 1:
+            raise ValueError(f"{len(pairs)} pairs for {len(self.widths) - 1} linears")
+        for pair, width in zip(pairs, self.widths[1:], strict=True):
+            if pair is None:
+                continue
+            rank = len(pair.a_rK)
+            given, wanted = (pair.a_rK.shape, pair.b_Nr.shape), ((rank, self.widths[0]), (width, rank))
+            if given != wanted:
+                raise ValueError(f"factors of shapes {given}, expected {wanted}")
+
+    def _copy(self, matrices: Sequence[torch.Tensor], pages: list[int]) -> np.ndarray:
+        """Write matrices into pages, pieces of one width together; return the offsets, matrix after matrix."""
+        sources: dict[int, list[torch.Tensor]] = defaultdict(list)
+        places: dict[int, list[np.ndarray]] = defaultdict(list)
+        offsets = [np.zeros((len(matrix), self.pieces(matrix.shape[1])), np.int64) for matrix in matrices]
+        for matrix, own in zip(matrices, offsets, strict=True):
+            for piece in range(own.shape[1]):
+                part = matrix[:, piece * self.page : (piece + 1) * self.page]
+                sources[part.shape[1]].append(part)
+                places[part.shape[1]].append(own[:, piece])
+        for width, parts in sources.items():
+            rows = torch.cat([part.to(self.pool.device, self.pool.dtype) for part in parts])
+            begins = self._write(rows, [pages.pop(0) for _ in range(-(-len(rows) // self._per_page(width)))])
+            for place in places[width]:
+                place[:], begins = begins[: len(place)], begins[len(place) :]
+        return np.concatenate([own.ravel() for own in offsets]) if offsets else np.zeros(0, np.int64)
+
+    def _write(self, rows: torch.Tensor, pages: Sequence[int]) -> np.ndarray:
+        """Write rows of one width into pages; return where each begins."""
+        per_page, step = self._per_page(rows.shape[1]), self.page // self._per_page(rows.shape[1]) // ALIGN * ALIGN
+        index = np.arange(len(rows))
+        begins = np.asarray(pages, np.int64)[index // per_page] * self.page + index % per_page * step
+        held = torch.zeros(len(pages) * per_page, step, dtype=rows.dtype, device=rows.device)
+        held[: len(rows), : rows.shape[1]] = rows
+        view = self.pool[:, : per_page * step]
+        view[torch.tensor(list(pages), dtype=torch.int64, device=rows.device)] = held.view(len(pages), -1)
+        return begins
+
+    def _append(self, slot: int) -> None:
+        """Put a slot's offsets behind the others; start a larger list with the living ones when it is full."""
+        own = self._lists[slot]
+        if self._used + len(own) > len(self._offsets):
+            living = sum(len(other) for other in self._lists.values())
+            self._offsets, self._used = np.zeros(2 * living + 64, np.int32), 0
+            for other in self._lists:
+                self._register(other)
+        else:
+            self._register(slot)
+
+    def _register(self, slot: int) -> None:
+        """Copy a slot's offsets to the end of the list and note where its matrices begin there."""
+        own, at = self._lists[slot], self._used
+        self._offsets[at : at + len(own)] = own // ALIGN
+        self._used += len(own)
+        for side, width in enumerate(self.widths):
+            self._sides[side, START, slot] = at
+            at += int(self._sides[side, RANK, slot]) * self.pieces(width)
+        for linear, kind in _extra_rows(len(self.widths) - 1):
+            if self._extras[linear, kind, slot] >= 0:
+                self._extras[linear, kind, slot] = at
+                at += self.pieces(self.widths[1 + linear])
+
+    def _upload(self) -> None:
+        """Put what changed on the device; views that were read may have moved."""
+        device = self.pool.device
+        self._pairs.clear()
+        self.sides = torch.from_numpy(self._sides).to(device, copy=True)
+        self.scales = torch.from_numpy(self._scales).to(device, copy=True)
+        self.extras = torch.from_numpy(self._extras).to(device, copy=True)
+        self.offsets = torch.from_numpy(self._offsets).to(device, copy=True)
+
+    def _read(self, start: int, count: int, width: int) -> torch.Tensor:
+        flat, pieces = self.pool.view(-1), self.pieces(width)
+        begins = self._offsets[start : start + count * pieces].astype(np.int64) * ALIGN
+        steps = np.unique(np.diff(begins))
+        if pieces == 1 and len(steps) <= 1 and (steps > 0).all():
+            return flat.as_strided((count, width), (int(steps[0]) if len(steps) else width, 1), int(begins[0]))
+        return flat[self._elements(start, count, width)]
+
+    def _elements(self, start: int, count: int, width: int) -> torch.Tensor:
+        pieces, columns = self.pieces(width), np.arange(width)
+        begins = self._offsets[start : start + count * pieces].reshape(count, pieces).astype(np.int64) * ALIGN
+        return torch.from_numpy(begins[:, columns // self.page] + columns % self.page).to(self.pool.device)
+
+
+def _extra_rows(linears: int) -> Iterator[tuple[int, int]]:
+    return ((linear, kind) for linear in range(linears) for kind in (BIAS, GAIN))
+
+
+def _matrices(pairs: Sequence[Pair | None]) -> list[torch.Tensor]:
+    """Return all rows of an adapter as matrices: A of each linear, B transposed of each, then biases and gains."""
+    present = [pair for pair in pairs if pair is not None]
+    rows = [row for pair in present for row in (pair.bias_N, pair.gain_N) if row is not None]
+    matrices = [pair.a_rK for pair in present] + [pair.b_Nr.T for pair in present] + [row[None] for row in rows]
+    return [matrix for matrix in matrices if len(matrix)]
