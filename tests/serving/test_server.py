@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,12 +22,14 @@ import pytest
 
 from tests import tiny
 from tests.serving.test_engine import same_but_for_ties
+from toolkit.embedded.tokenizer import build_tokenizer
 from toolkit.errors import OutputError, SpecError, UnsupportedError
 from toolkit.routing.embedding import EmbeddingSpec
 from toolkit.routing.router import Router
 from toolkit.serving.engine import Engine
-from toolkit.serving.serve import _listen, background_server, same_base, serve
-from toolkit.serving.spec import Limits
+from toolkit.serving.serve import _listen, _server, _warnings, background_server, same_base, serve
+from toolkit.serving.spec import Limits, ServeSpec
+from toolkit.specs import load
 
 MESSAGES = [{"role": "user", "content": "Say something."}]
 
@@ -179,16 +182,31 @@ BAD = {
     "empty prompt": ({"model": "base", "prompt": ""}, 400, None, "the prompt is empty"),
     "no prompt": ({"model": "base"}, 400, None, "prompt: Field required"),
     "not served": (
-        {"model": "base", "prompt": "x", "logprobs": 2},
+        {"model": "base", "prompt": "x", "suffix": "y"},
         400,
         None,
-        "logprobs: 2 is not supported by this server, only false or null",
+        'suffix: "y" is not supported by this server, only "" or null',
     ),
+    "logprobs": ({"model": "base", "prompt": "x", "logprobs": 21}, 400, None, "logprobs: Input should be less than"),
+    "true logprobs": ({"model": "base", "prompt": "x", "logprobs": True}, 400, None, "logprobs: Input should be a num"),
     "unknown field": ({"model": "base", "prompt": "x", "logprob": 2}, 400, None, "logprob: not supported by this"),
     "unknown null": ({"model": "base", "prompt": "x", "logprob": None}, 400, None, "logprob: not supported by this"),
     "best of two": ({"model": "base", "prompt": "x", "best_of": 2}, 400, None, "best_of: 2 is not supported"),
-    "zero logprobs": ({"model": "base", "prompt": "x", "logprobs": 0}, 400, None, "logprobs: 0 is not supported"),
-    "penalty": ({"model": "base", "prompt": "x", "presence_penalty": 0.5}, 400, None, "0.5 is not supported by this"),
+    "penalty": (
+        {"model": "base", "prompt": "x", "presence_penalty": 3},
+        400,
+        None,
+        "presence_penalty: Input should be",
+    ),
+    "bias": ({"model": "base", "prompt": "x", "logit_bias": {"x": 1}}, 400, None, "logit_bias.x: Input should be a v"),
+    "large bias": ({"model": "base", "prompt": "x", "logit_bias": {"5": 101}}, 400, None, "logit_bias.5: Input should"),
+    "bias of nothing": (
+        {"model": "base", "prompt": "x", "logit_bias": {"300": 1}},
+        400,
+        None,
+        "names token id 300, but",
+    ),
+    "no number": ({"model": "base", "prompt": "x", "min_p": float("nan")}, 400, None, "min_p: Input should be"),
     "token id": ({"model": "base", "prompt": [300]}, 400, None, "token id 300, but the model's ids are 0 to 261"),
     "negative id": ({"model": "base", "prompt": [-1]}, 400, None, "token id -1"),
     "huge id": ({"model": "base", "prompt": [10**30]}, 400, None, "token id 1000000000000000000000000000000"),
@@ -201,13 +219,20 @@ BAD = {
     ),
     "surrogate model": ({"model": "\ud800", "prompt": "x"}, 404, "model_not_found", "no model '\\ud800'"),
     "huge seed": ({"model": "base", "prompt": "x", "seed": 10**30}, 400, None, "seed: Input should be less than"),
-    "two prompts": ({"model": "base", "prompt": ["a", "b"]}, 400, None, "prompt: one prompt per request, got 2"),
-    "number": ({"model": "base", "prompt": 5}, 400, None, "prompt: Input should be a text or a list of token ids"),
+    "prompts": ({"model": "base", "prompt": ["a"] * 65, "n": 2}, 400, None, "65 prompts with n = 2 are more than 128"),
+    "number": ({"model": "base", "prompt": 5}, 400, None, "prompt: Input should be a text, a list of token ids, or a"),
+    "numbers in lists": ({"model": "base", "prompt": ["a", 5]}, 400, None, "prompt: Input should be a text, a list of"),
     "no stop": ({"model": "base", "prompt": "x", "stop": 5}, 400, None, "stop: Input should be a valid string or"),
     "too large for the cache": ({"model": "auto", "prompt": "x", "max_tokens": 245}, 400, None, "the cache holds 240"),
-    "two answers": ({"model": "base", "prompt": "x", "n": 2}, 400, None, "n: Input should be 1"),
+    "no answers": (
+        {"model": "base", "prompt": "x", "n": 0},
+        400,
+        None,
+        "n: Input should be greater than or equal to 1",
+    ),
     "bad temperature": ({"model": "base", "prompt": "x", "temperature": -1}, 400, None, "temperature: Input should be"),
-    "no tokens": ({"model": "base", "prompt": "x", "max_tokens": 0}, 400, None, "max_tokens: Input should be"),
+    "no tokens": ({"model": "base", "prompt": "x", "max_tokens": 0}, 400, None, "max_tokens is 0, which only echo has"),
+    "fewer": ({"model": "base", "prompt": "x", "max_tokens": -1}, 400, None, "max_tokens: Input should be greater"),
 }
 
 
@@ -224,7 +249,9 @@ def test_bad_requests(case, http):
     error = response.json()["error"]
     assert error["code"] == code
     assert message in error["message"]
-    assert (error["param"] or "prompt").isidentifier(), "a field of the body, without pydantic's names of branches"
+    assert (error["param"] or "prompt").replace(".", "").isidentifier(), (
+        "a field of the body, without pydantic's names of branches"
+    )
 
 
 def test_bad_bodies_and_paths(http, client):
@@ -269,7 +296,7 @@ NO_OPS = {
 }
 CHAT_NO_OPS = {
     "max_completion_tokens": None,
-    "top_logprobs": None,
+    "top_logprobs": 0,
     "response_format": {"type": "text"},
     "tools": [],
     "parallel_tool_calls": True,
@@ -294,12 +321,8 @@ def test_fields_that_ask_for_nothing_are_taken(http):
     ("field", "value"),
     [
         ("response_format", {"type": "json_object"}),
-        ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
-        ("top_logprobs", 2),
-        ("logprobs", True),
         ("store", True),
-        ("logit_bias", {"5": 1}),
         ("service_tier", "flex"),
     ],
 )
@@ -500,6 +523,79 @@ def test_errors_of_a_spec_name_its_keys_and_lines(base, tmp_path):
         serve(spec, quiet=True)
     with pytest.raises(UnsupportedError, match="unknown dtype 'bogus'"):
         serve({"model": str(base), "port": 0, "dtype": "bogus"}, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warned"), [("0.0.0.0", [], True), ("0.0.0.0", ["k"], False), ("127.0.0.1", [], False)]
+)
+def test_another_host_without_a_key_warns(host, key, warned, base):
+    with Engine(str(base)) as engine:
+        found = list(_warnings(engine, ServeSpec(model="x", host=host, api_key=key), host, f"{host}:8000"))
+    assert found == ([f"anyone who reaches {host}:8000 is served; set an API key"] if warned else [])
+
+
+def test_keys_and_roots_of_a_spec():
+    spec = ServeSpec.model_validate({"model": "x", "api_key": "one", "limits": {"max_body": "2MB"}})
+    assert (spec.api_key, spec.limits.max_body, spec.adapter_roots) == (["one"], 2_000_000, [])
+    with pytest.raises(SpecError, match=r"api_key.*at least 1 character"):
+        load({"model": "x", "api_key": ["one", ""]}, ServeSpec)
+
+
+def test_sigterm_lets_answers_finish_and_takes_no_more(base, loras, tmp_path):
+    shutil.copytree(loras["plain"], tmp_path / "roots" / "late")
+    command = [sys.executable, "-m", "toolkit", "serve", str(base), "--port", "0", "--api-key", "one"]
+    command += ["--api-key", "two", "--adapter-root", str(tmp_path / "roots")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr
+        url = next(found[1] for line in process.stderr if (found := re.search(r"listening on (http://\S+)/v1", line)))
+        with httpx.Client(base_url=url, trust_env=False, timeout=60, headers={"authorization": "Bearer two"}) as http:
+            assert http.post("/v1/adapters", json={"name": "late", "path": "late"}).status_code == 201
+            body = {"model": "late", "prompt": "x", "max_tokens": 250, "temperature": 0, "ignore_eos": True}
+            with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+                lines = response.iter_lines()
+                events = [next(lines)]
+                process.send_signal(signal.SIGTERM)
+                host, port = url.removeprefix("http://").split(":")
+                refused = False
+                for line in lines:
+                    events.append(line)
+                    with socket.socket() as late:
+                        refused = refused or late.connect_ex((host, int(port))) != 0
+        assert refused
+        assert events[-2 if not events[-1] else -1] == "data: [DONE]"
+        chunks = [json.loads(line.removeprefix("data: ")) for line in events if line.startswith("data: {")]
+        ids = tiny.greedy(tiny.load_merged(base, loras["plain"]), [120], 250)
+        text = build_tokenizer().decode(ids, skip_special_tokens=True)
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
+        logged = [json.loads(line) for line in process.stderr if line.startswith("{")]
+        assert [line["endpoint"] for line in logged] == ["/v1/adapters", "/v1/completions"]
+        assert logged[1]["tokens"] == 250
+        assert process.wait(60) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def test_draining_has_an_end(base, monkeypatch):
+    with Engine(str(base)) as engine:
+        run = engine.runner.run
+        monkeypatch.setattr(engine.runner, "run", lambda step: (time.sleep(0.05), run(step))[1])
+        listener = _listen("127.0.0.1", 0)
+        server = _server(engine, {}, log_level="critical", timeout_graceful_shutdown=1)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        body = {"model": "base", "prompt": "x", "max_tokens": 250, "ignore_eos": True, "stream": True}
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
+        with httpx.stream("POST", url, json=body, trust_env=False, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.should_exit, begun = True, time.monotonic()
+            with contextlib.suppress(httpx.TransportError):
+                assert "data: [DONE]" not in list(lines)
+        thread.join(30)
+        assert time.monotonic() - begun < 8, "the answer alone would take 12 seconds"
+        assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_pages
 
 
 def test_same_base(tmp_path):

@@ -21,7 +21,16 @@ def serve(
     port: Annotated[
         int | None, typer.Option(help="Port to listen on; 0 takes a free one.", show_default="8000")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="TOOLKIT_API_KEY", help="Key that requests must carry.")] = None,
+    api_key: Annotated[
+        list[str],
+        typer.Option(
+            envvar="TOOLKIT_API_KEY", help="Key that requests must carry; may be given several times.", metavar="KEY"
+        ),
+    ] = [],  # noqa: B006 - as above
+    adapter_root: Annotated[
+        list[str],
+        typer.Option(help="Folder that clients may load adapters from; may be given several times.", metavar="FOLDER"),
+    ] = [],  # noqa: B006 - as above
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="auto")] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the weights.", show_default="as stored")] = None,
     max_requests: Annotated[
@@ -35,7 +44,9 @@ def serve(
     """Serve a base and its adapters over HTTP, in OpenAI's shape."""
     from toolkit.serving.serve import serve as run
 
-    options = without_none(router=router, host=host, port=port, api_key=api_key, device=device, dtype=dtype)
+    options = without_none(router=router, host=host, port=port, device=device, dtype=dtype)
+    options |= {"api_key": api_key} if api_key else {}
+    options |= {"adapter_roots": adapter_root} if adapter_root else {}
     if adapter:
         options["adapters"] = named_paths(adapter, "--adapter")
     if max_requests:

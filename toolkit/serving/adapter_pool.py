@@ -50,10 +50,15 @@ class AdapterPool:
     Args:
         model: whose linears are adapted; they are wrapped as adapters ask for them.
         batch: the running step's segments, which the wrapped layers read.
+
+    Attributes:
+        infos: by name.
+        num_loads: adapters whose factors were read so far.
     """
 
     def __init__(self, model: PreTrainedModel, batch: BatchAdapters) -> None:
         self.model, self.batch = model, batch
+        self.num_loads = 0
         self.infos: dict[str, AdapterInfo] = {}
         self._users: Counter[str] = Counter()
         self._layers: dict[str, list[MultiAdapterLinear]] = {}
@@ -77,12 +82,14 @@ class AdapterPool:
         with adapter.store:
             if key not in self._layers:
                 self._layers[key] = self._install(adapter, key)
+                self.num_loads += 1
         nbytes = sum(_nbytes(layer.pairs[key]) for layer in self._layers[key])
         old = self.infos.get(name)
-        self.infos[name] = AdapterInfo(name, key, str(source), adapter.describe(), adapter.base_model, nbytes)
+        info = AdapterInfo(name, key, str(source), adapter.describe(), adapter.base_model, nbytes)
+        self.infos = {**self.infos, name: info}  # other threads may be going through the old one
         if old:
             self._drop_unused(old.key)
-        return self.infos[name]
+        return info
 
     def remove(self, name: str) -> None:
         """Forget a name; the factors go when no request uses them.
@@ -91,8 +98,10 @@ class AdapterPool:
             RequestError: no such adapter.
         """
         if name not in self.infos:
-            raise RequestError(f"no adapter {name!r}")
-        self._drop_unused(self.infos.pop(name).key)
+            raise RequestError(f"no adapter {name!r}", "model_not_found")
+        key = self.infos[name].key
+        self.infos = {other: info for other, info in self.infos.items() if other != name}
+        self._drop_unused(key)
 
     def acquire(self, name: str) -> str:
         """Return the key of a name and hold the adapter for one request."""

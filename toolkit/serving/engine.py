@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -27,9 +27,10 @@ from toolkit.routing.router import Choice, Router, load_router
 from toolkit.serving.adapter_pool import AdapterInfo, AdapterPool
 from toolkit.serving.attention import NAME
 from toolkit.serving.layers import BatchAdapters, unwrap_all
+from toolkit.serving.logprobs import answer_logprobs
 from toolkit.serving.pages import PagePool
 from toolkit.serving.prompts import Prompt, encode_prompt
-from toolkit.serving.request import Delta, FinishReason, Request, Sampling
+from toolkit.serving.request import Delta, FinishReason, Request, Sampling, TokenLogprob
 from toolkit.serving.runner import Runner
 from toolkit.serving.sampling import Sampler
 from toolkit.serving.scheduler import Scheduler
@@ -53,6 +54,8 @@ class Answer:
         finish_reason: why it ended.
         prompt_tokens: length of the prompt.
         choice: what the router chose, where it was asked.
+        logprobs: of the answer's tokens, where the sampling asks for them.
+        prompt_logprobs: of the prompt's tokens but the first, likewise.
     """
 
     text: str
@@ -61,6 +64,8 @@ class Answer:
     finish_reason: FinishReason
     prompt_tokens: int
     choice: Choice | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass
@@ -91,7 +96,16 @@ class Ticket:
         assert request.finished is not None
         if request.finished == "error":
             raise RequestError(request.error)
-        return Answer(request.text, request.output, self.model, request.finished, len(request.prompt), self.choice)
+        return Answer(
+            request.text,
+            request.output,
+            self.model,
+            request.finished,
+            len(request.prompt),
+            self.choice,
+            request.logprobs,
+            request.prompt_logprobs,
+        )
 
 
 class Engine:
@@ -238,6 +252,7 @@ class Engine:
                 f" {self.max_model_len} tokens that the model takes",
                 "context_length_exceeded",
             )
+        self._check_bias(sampling)
         sampling = replace(sampling, max_tokens=limit)
         request = Request(f"r{next(self._ids)}", ids, None, sampling, on_delta)
         self.scheduler.check_fits(request)
@@ -249,6 +264,11 @@ class Engine:
             self._queue(ticket)
         self._tickets[request] = ticket
         return ticket
+
+    def _check_bias(self, sampling: Sampling) -> None:
+        wrong = next((token for token in sampling.logit_bias if token >= self.num_logits), None)
+        if wrong is not None:
+            raise RequestError(f"logit_bias names token id {wrong}, but the model's ids are 0 to {self.num_logits - 1}")
 
     def _default_limit(self, prompt_tokens: int) -> int:
         """Return the tokens of an answer whose request names no limit; see `Limits`."""
@@ -274,6 +294,22 @@ class Engine:
             self._end(ticket, "error", error)
 
     @property
+    def num_logits(self) -> int:
+        """Tokens that the model can generate: rows of its output head."""
+        head = self.model.get_output_embeddings()
+        return cast(torch.Tensor, head.weight).shape[0] if head is not None else self.runner.vocabulary
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have pages."""
+        return len(self.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for the router or for pages."""
+        return len(self._unrouted) + len(self.scheduler.waiting)
+
+    @property
     def has_work(self) -> bool:
         """Whether a request is queued or running."""
         return bool(self._unrouted) or self.scheduler.has_work
@@ -286,14 +322,18 @@ class Engine:
             return self.has_work
         complete, logits = self.runner.run(work)
         requests = [w.request for w in complete]
-        for request, token in zip(requests, self.sampler.sample(requests, logits), strict=True):
+        tokens = self.sampler.sample(requests, logits)
+        scores = answer_logprobs(requests, logits, tokens)
+        for request, token, score in zip(requests, tokens, scores, strict=True):
             ticket = self._tickets.get(request)
             if ticket is None:
                 continue  # a receiver of this step's text has cancelled it
             if token is None:
                 self._end(ticket, "error", f"the logits of {ticket.model!r} are no numbers, so no token can be chosen")
+            elif request.sampling.max_tokens == 0:
+                self._end(ticket, "length")  # its prompt was all that was asked for
             else:
-                self._advance(ticket, token)
+                self._advance(ticket, token, score)
         return self.has_work
 
     def _route(self) -> None:
@@ -319,20 +359,23 @@ class Engine:
             else:
                 self._queue(ticket)
 
-    def _advance(self, ticket: Ticket, token: int) -> None:
+    def _advance(self, ticket: Ticket, token: int, score: TokenLogprob | None) -> None:
         request, sampling = ticket.request, ticket.request.sampling
         ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._end_tokens)
         if token in ends:
             self._end(ticket, "stop")
             return
         request.output.append(token)
+        if score is not None:
+            score = replace(score, offset=ticket.stream.num_read)
+            request.logprobs.append(score)
         new = ticket.stream.push(request.output)
         if ticket.stream.stopped:
-            self._end(ticket, "stop", new=new)
+            self._end(ticket, "stop", new=new, score=score)
         elif request.num_tokens >= request.max_tokens:
-            self._end(ticket, "length", new=new)
+            self._end(ticket, "length", new=new, score=score)
         else:
-            self._tell(ticket, request.on_delta, Delta(new, len(request.output)))
+            self._tell(ticket, request.on_delta, Delta(new, len(request.output), logprob=score))
 
     def _tell(self, ticket: Ticket, receiver: Callable[[T], None] | None, item: T) -> None:
         """Call a receiver; one that fails loses its request, and nobody else theirs."""
@@ -352,7 +395,14 @@ class Engine:
         found = set(ends) if isinstance(ends, list) else {ends}
         return {end for end in found | {self.tokenizer.eos_token_id} if isinstance(end, int)}
 
-    def _end(self, ticket: Ticket, reason: FinishReason, error: str = "", new: str = "") -> None:
+    def _end(
+        self,
+        ticket: Ticket,
+        reason: FinishReason,
+        error: str = "",
+        new: str = "",
+        score: TokenLogprob | None = None,
+    ) -> None:
         request = ticket.request
         if reason in ("stop", "length") and not ticket.stream.stopped:
             new += ticket.stream.finish(request.output)
@@ -361,7 +411,7 @@ class Engine:
         self._release(request)
         self.sampler.forget(request)
         self._tickets.pop(request, None)
-        self._tell(ticket, request.on_delta, Delta(new, len(request.output), reason, error))
+        self._tell(ticket, request.on_delta, Delta(new, len(request.output), reason, error, score))
 
     def _release(self, request: Request) -> None:
         if request.adapter is not None:

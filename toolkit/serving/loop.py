@@ -27,12 +27,17 @@ class EngineLoop:
         self._calls: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Start stepping."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop after the running step."""
+        """Stop after the running step; what is unfinished ends with an error."""
         self._calls.put(None)
         self._thread.join()
 
@@ -46,6 +51,7 @@ class EngineLoop:
         busy = False
         while True:
             if not self._serve_calls(wait=not busy):
+                self.engine.fail_all("the server was stopped")
                 return
             try:
                 busy = self.engine.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +12,12 @@ from toolkit.errors import RequestError
 
 SEEDS = (-(2**63), 2**64 - 1)
 """Smallest and largest seed that torch's generators take."""
+
+MOST_LOGPROBS = 20
+"""Alternatives of a token that a request can ask for."""
+
+MOST_BIAS, MOST_PENALTY = 100.0, 2.0
+"""Largest logit bias, and largest presence and frequency penalty, as OpenAI has them."""
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -21,14 +27,22 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        max_tokens: most tokens to generate; `None` for the engine's `limits.default_max_tokens`, or as many as fit.
+        max_tokens: most tokens to generate; `None` for the engine's `limits.default_max_tokens`, or as many as fit;
+            0 to score a prompt.
         temperature: of the softmax; 0, or less than 1e-5, takes the most likely token.
         top_k: choose among this many most likely tokens; 0 among all.
         top_p: choose among the fewest tokens that hold this much of the probability.
+        min_p: choose among tokens at least this many times as likely as the most likely one.
+        presence_penalty: taken off the logit of every token that the answer has.
+        frequency_penalty: taken off the logit of a token once for each time that the answer has it.
+        repetition_penalty: divides positive logits of tokens of prompt and answer, and multiplies negative ones.
+        logit_bias: added to the logits of tokens.
         seed: makes the choice reproducible, whatever else is in the batch.
         stop: texts that end the answer; they are not part of it.
         stop_token_ids: tokens that end it, besides the model's own.
         ignore_eos: go on after the model's end token.
+        logprobs: note each token's log-probability and this many alternatives.
+        prompt_logprobs: the same for the tokens of the prompt, but the first.
 
     Raises:
         RequestError: a value that means nothing.
@@ -38,24 +52,75 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name, expected, holds in (*self._checks(), *self._penalty_checks()):
+            if not holds:
+                raise RequestError(f"{name} must be {expected}, not {getattr(self, name)!r}")
+
+    def _checks(self) -> Sequence[tuple[str, str, bool]]:
         least, most = SEEDS
-        checks = (
-            ("max_tokens", "at least 1", self.max_tokens is None or self.max_tokens >= 1),
+        counts = f"from 0 to {MOST_LOGPROBS}"
+        return (
+            ("max_tokens", "at least 0", self.max_tokens is None or self.max_tokens >= 0),
             ("temperature", "finite and at least 0", 0 <= self.temperature < math.inf),
             ("top_k", "at least 0", self.top_k >= 0),
             ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+            ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
             ("seed", f"from {least} to {most}", self.seed is None or least <= self.seed <= most),
             ("stop", "a list of texts", not isinstance(self.stop, str)),
+            ("logprobs", counts, self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS),
+            ("prompt_logprobs", counts, self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MOST_LOGPROBS),
         )
-        for name, expected, holds in checks:
-            if not holds:
-                raise RequestError(f"{name} must be {expected}, not {getattr(self, name)!r}")
+
+    def _penalty_checks(self) -> Sequence[tuple[str, str, bool]]:
+        penalty = f"from {-MOST_PENALTY:g} to {MOST_PENALTY:g}"
+        biases = self.logit_bias.items()
+        return (
+            ("presence_penalty", penalty, abs(self.presence_penalty) <= MOST_PENALTY),
+            ("frequency_penalty", penalty, abs(self.frequency_penalty) <= MOST_PENALTY),
+            # Outside of this a logit could overflow.
+            ("repetition_penalty", "from 0.01 to 100", 0.01 <= self.repetition_penalty <= 100),
+            (
+                "logit_bias",
+                f"token ids with values from {-MOST_BIAS:g} to {MOST_BIAS:g}",
+                all(token >= 0 and abs(value) <= MOST_BIAS for token, value in biases),
+            ),
+        )
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a bias or a penalty is asked for."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
+        return penalties != (0, 0, 1) or bool(self.logit_bias)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was.
+
+    Attributes:
+        token: its id.
+        logprob: natural logarithm of its probability; may be -inf.
+        top: the most likely tokens and theirs, the best first; the token itself is among them or not.
+        offset: characters of the answer before the token's own.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,12 +132,14 @@ class Delta:
         num_tokens: generated so far.
         finished: why the answer ended, or `None`.
         error: what went wrong, when `finished` is `error`.
+        logprob: of the token that was added, where the request asks for it.
     """
 
     text: str
     num_tokens: int
     finished: FinishReason | None = None
     error: str = ""
+    logprob: TokenLogprob | None = None
 
 
 @dataclass(eq=False)
@@ -90,6 +157,8 @@ class Request:
         text: answer so far.
         finished: why it ended.
         error: what went wrong, when `finished` is `error`.
+        logprobs: of the output's tokens, where the request asks for them.
+        prompt_logprobs: of the prompt's tokens but the first.
     """
 
     id: str
@@ -102,6 +171,8 @@ class Request:
     text: str = ""
     finished: FinishReason | None = None
     error: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
 
     @property

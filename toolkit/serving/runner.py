@@ -16,6 +16,7 @@ from toolkit.kernels.impl import Impl
 from toolkit.kernels.paging import PagedBatch
 from toolkit.serving.attention import NAME, KVCache, PagedStep
 from toolkit.serving.layers import BatchAdapters
+from toolkit.serving.logprobs import note_prompt
 from toolkit.serving.pages import PagePool
 from toolkit.serving.request import Request
 from toolkit.serving.scheduler import Work
@@ -140,15 +141,17 @@ class Runner:
         ordered = sorted(step, key=lambda w: (w.count > 1, w.request.adapter or ""))
         tokens, positions = _tokens(ordered), _positions(ordered)
         ends = list(accumulate(work.count for work in ordered))
-        complete = [i for i, work in enumerate(ordered) if work.completes]
-        head_rows = [ends[i] - 1 for i in complete]
+        kept = [_kept(work) for work in ordered]
+        head_rows = [end - work.count + at for work, end, own in zip(ordered, ends, kept, strict=True) for at in own]
         rows = _segments([(work.request.adapter, work.count) for work in ordered])
-        head = _segments([(ordered[i].request.adapter, 1) for i in complete])
+        head = _segments([(work.request.adapter, len(own)) for work, own in zip(ordered, kept, strict=True) if own])
         with torch.inference_mode(), self.batch.active(rows, head):
             logits = self._forward(tokens, positions, self._paged(ordered, ends), head_rows)
+        last_rows = _note_prompts(ordered, kept, logits)
         for work in ordered:
             work.request.num_computed += work.count
-        return [ordered[i] for i in complete], logits
+        complete = [work for work, row in zip(ordered, last_rows, strict=True) if row is not None]
+        return complete, logits if len(complete) == len(logits) else logits[[r for r in last_rows if r is not None]]
 
     def _forward(self, tokens: list[int], positions: list[int], batch: PagedBatch, keep: list[int]) -> torch.Tensor:
         device = self.model.device
@@ -183,6 +186,27 @@ class Runner:
             slots=torch.tensor(slots, device=device),
             num_decodes=sum(work.count == 1 for work in ordered),
         )
+
+
+def _kept(work: Work) -> list[int]:
+    """Return the work's tokens after which logits are needed: the prompt's where it is scored, and the last."""
+    request, last = work.request, work.count - 1
+    scored = len(request.prompt) - 1 - request.num_computed if request.sampling.prompt_logprobs is not None else 0
+    return [i for i in range(work.count) if i < scored or (i == last and work.completes)]
+
+
+def _note_prompts(ordered: Sequence[Work], kept: Sequence[list[int]], logits: torch.Tensor) -> list[int | None]:
+    """Score the prompts that ask for it; return each work's row to sample from, `None` where it is not complete."""
+    last_rows: list[int | None] = []
+    start = 0
+    for work, own in zip(ordered, kept, strict=True):
+        stop = start + len(own)
+        last_rows.append(stop - 1 if work.completes else None)
+        count = len(own) - work.completes
+        if count:
+            note_prompt(work.request, work.request.num_computed, logits[start : start + count])
+        start = stop
+    return last_rows
 
 
 def _tokens(ordered: Sequence[Work]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import threading
 import time
@@ -47,7 +48,9 @@ def serve(
         with open_engine(loaded) as engine:
             if not quiet:
                 _announce(engine, loaded, listener)
-            _server(engine, loaded.api_key).run(sockets=[listener])
+            _log_lines(quiet)
+            options = {"log_config": None, "timeout_graceful_shutdown": loaded.drain_seconds}
+            _server(engine, _access(loaded), **options).run(sockets=[listener])
     finally:
         listener.close()
 
@@ -70,13 +73,44 @@ def open_engine(spec: ServeSpec) -> Engine:
         raise spec.error(error.problems) from None
 
 
+def _access(spec: ServeSpec) -> dict[str, Any]:
+    return {
+        "api_keys": spec.api_key,
+        "adapter_roots": spec.adapter_roots,
+        "max_waiting": spec.limits.max_waiting,
+        "max_body": spec.limits.max_body,
+        "requests_per_minute": spec.limits.requests_per_minute,
+    }
+
+
+def _log_lines(quiet: bool) -> None:
+    """Write the log to standard error, one JSON object a line; quietly, only what went wrong."""
+    from toolkit.serving.http.records import JsonLines
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    for name, level in (("toolkit.serving", logging.WARNING if quiet else logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
 @contextlib.contextmanager
 def background_server(
-    engine: Engine, *, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None
+    engine: Engine, *, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None, **access: Any
 ) -> Iterator[str]:
-    """Serve an engine in the background; yields the address, such as `http://127.0.0.1:41573`."""
+    """Serve an engine in the background; yields the address, such as `http://127.0.0.1:41573`.
+
+    Args:
+        engine: touched by nobody else inside the block.
+        host: to listen on.
+        port: to listen on; 0 takes a free one.
+        api_key: that requests must carry.
+        access: other fields of `serving.server.Access`, such as `adapter_roots`.
+    """
     listener = _listen(host, port)
-    server = _server(engine, api_key)
+    keys = {"api_keys": [api_key]} if api_key else {}
+    server = _server(engine, keys | access, log_level="warning", timeout_graceful_shutdown=10)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
@@ -91,15 +125,15 @@ def background_server(
         listener.close()
 
 
-def _server(engine: Engine, api_key: str | None) -> Any:
+def _server(engine: Engine, access: Mapping[str, Any], **options: Any) -> Any:
     try:
         import uvicorn
 
-        from toolkit.serving.server import build_app
+        from toolkit.serving.server import Access, build_app
     except ModuleNotFoundError as error:
         raise UnsupportedError(f"serving needs {error.name}: pip install 'composition-toolkit[serve]'") from None
-    config = uvicorn.Config(build_app(engine, api_key=api_key), log_level="warning", timeout_graceful_shutdown=10)
-    return uvicorn.Server(config)
+    # The middleware writes a line for each request, with its id; uvicorn's own has none.
+    return uvicorn.Server(uvicorn.Config(build_app(engine, Access(**access)), access_log=False, **options))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -139,7 +173,7 @@ def _warnings(engine: Engine, spec: ServeSpec, host: str, address: str) -> Itera
     for info in engine.adapters.infos.values():
         if info.base and not same_base(info.base, engine.source):
             yield f"adapter {info.name} was trained on {info.base}, but {engine.source} is served"
-    if spec.api_key is None and host not in ("127.0.0.1", "::1"):
+    if not spec.api_key and host not in ("127.0.0.1", "::1"):
         yield f"anyone who reaches {address} is served; set an API key"
 
 

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from toolkit.specs import Folder, Spec
+from toolkit.specs import Folder, Size, Spec
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Keys = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)]
+"""One API key, or a list of them."""
 
 
 class Limits(Spec):
@@ -22,6 +30,9 @@ class Limits(Spec):
         page_size: tokens of a page.
         cache_tokens: tokens that the cache holds; by default the longest request `max_requests` times over, at
             most 65,536.
+        max_waiting: answers that may wait for their turn, beyond the `max_requests` that run; a server refuses more.
+        max_body: bytes of a request's body.
+        requests_per_minute: that one API key may send; by default any number.
     """
 
     max_requests: Annotated[int, Field(ge=1)] = 64
@@ -30,6 +41,9 @@ class Limits(Spec):
     default_max_tokens: Annotated[int, Field(ge=1)] = 1024
     page_size: Annotated[int, Field(ge=1)] = 16
     cache_tokens: Annotated[int, Field(ge=2)] | None = None
+    max_waiting: Annotated[int, Field(ge=0)] = 1024
+    max_body: Size = 16_000_000
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _budget(self) -> Limits:
@@ -54,7 +68,9 @@ class ServeSpec(Spec):
         limits: sizes of the batch and of the cache.
         host: to listen on.
         port: to listen on; 0 takes a free one.
-        api_key: that requests must carry; without it anyone who reaches the port is served.
+        api_key: one or several, one of which requests must carry; without any, whoever reaches the port is served.
+        adapter_roots: folders that clients may load adapters from while the server runs; none allows no loading.
+        drain_seconds: how long requests under way may take to finish when the server is told to stop.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: of the weights.
         trust_remote_code: run code that comes with the model.
@@ -66,7 +82,9 @@ class ServeSpec(Spec):
     limits: Limits = Limits()
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    api_key: str | None = None
+    api_key: Keys = Field(default_factory=list)
+    adapter_roots: list[Folder] = Field(default_factory=list)
+    drain_seconds: Annotated[int, Field(ge=0)] = 30
     device: str = "auto"
     dtype: str | None = None
     trust_remote_code: bool = False

@@ -22,12 +22,13 @@ class TextStream:
     Attributes:
         text: answer so far, without what may still become a stop text.
         stopped: whether a stop text was met.
+        num_read: characters that were decoded so far, held back or not.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.stops = [stop for stop in stops if stop]
-        self.text, self.stopped = "", False
+        self.text, self.stopped, self.num_read = "", False, 0
         self._held = ""
         self._begin = self._read = 0
         self._before = list(prompt[-CONTEXT:])
@@ -49,6 +50,7 @@ class TextStream:
         if not final and (len(text) <= len(known) or text.endswith("\ufffd")):
             return ""  # nothing that shows, or a character of which more bytes are to come
         self._begin, self._read, self._before = self._read, len(ids), []
+        self.num_read += len(text) - len(known)
         return text[len(known) :]
 
     def _text_of(self, ids: Sequence[int]) -> str:
