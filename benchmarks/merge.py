@@ -1,6 +1,7 @@
 """Merging against mergekit: `python -m benchmarks.merge [--mergekit PATH] [--methods NAME,...] [--repeat 5]`.
 
 Both tools run the same YAML on the same files, in turn, each in a process of its own; CPU seconds hold the imports.
+With `--device cuda` merging on a GPU is measured against the disk instead; see `benchmarks.device`.
 """
 
 from __future__ import annotations
@@ -96,10 +97,20 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent)))
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "merge.json")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--device", default=None, help="measure merging on this device against the disk")
+    parser.add_argument("--warm", action="store_true", help="with --device: leave the inputs in the page cache")
     arguments = parser.parse_args()
     models = arguments.work / arguments.size
     subprocess.run([sys.executable, "-m", "benchmarks.models", models, "--size", arguments.size], check=True)
+    if arguments.device:
+        from benchmarks.device import report  # which takes the specs from here
+
+        out = arguments.out or HERE / "results" / "merge_device.json"
+        methods = arguments.methods.split(",")
+        options = {"repeat": arguments.repeat, "warm": arguments.warm, "out": out}
+        report(methods, models, arguments.work, arguments.device, **options)
+        return
     results: dict[str, list[Cost]] = {}
     print("| method | CPU s | wall s | MiB | mergekit CPU s | wall s | MiB | share of CPU | aim |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -110,7 +121,7 @@ def main() -> None:
     versions = {name: version(name) for name in ("composition-toolkit", "numpy")}
     if arguments.mergekit:
         versions |= {name: version(name) for name in ("mergekit", "torch")}
-    save(arguments.out, "merge", versions, results)
+    save(arguments.out or HERE / "results" / "merge.json", "merge", versions, results)
     print(f"\n{machine()}\n{versions}")
 
 

@@ -35,6 +35,10 @@ def merge(
         str,
         typer.Option("--shard-size", "--out-shard-size", help="Largest size of an output file, such as 5GB or 200MB."),
     ] = "5GB",
+    device: Annotated[
+        str | None,
+        typer.Option(help="What computes: cpu (the default); cuda or cuda:N, a GPU; auto, a GPU where there is one."),
+    ] = None,
     hashes: Annotated[
         str, typer.Option(help="Identify the inputs' files by a hash of a sample of their blocks, or in full.")
     ] = "sample",
@@ -56,6 +60,12 @@ def merge(
     smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
+    cuda: Annotated[
+        bool, typer.Option("--cuda/--no-cuda", help="The same as --device cuda.", rich_help_panel=_SAME)
+    ] = False,
+    gpu_rich: Annotated[
+        bool, typer.Option("--gpu-rich", help="The same as --device cuda.", rich_help_panel=_SAME)
+    ] = False,
     lazy_unpickle: _NoEffect = None,
     low_cpu_memory: _NoEffect = None,
     read_to_gpu: _NoEffect = None,
@@ -83,6 +93,7 @@ def merge(
     seed = [] if random_seed is None else [f"seed={random_seed}"]
     options: dict[str, Any] = {"overrides": [*seed, *set_], "smoke": smoke, "allow_pickle": allow_pickle}
     options["shard_bytes"] = size(shard_size, "--shard-size")
+    options["device"] = device or ("cuda" if cuda or gpu_rich else "cpu")
     if dry_run:
         plan = make_plan(spec, **options)
         plan.inputs.close()

@@ -20,6 +20,9 @@ A method is one module in `toolkit/merge/methods`. It declares
   enters linear layers) or `"merged_gram"` (the same above merged layers); they are `tensor.statistics`, `None` for
   tensors that have none;
 - at will, `BASE_FIRST = True`: the base, where it is one of the models, is the first;
+- at will, `ON_DEVICE = False`: it does not run on a GPU, as no method of scope `"tensor"` does. All others get
+  arrays there that take numpy's functions (`toolkit.merge.device`): what `combine` and `prepare` make anew, such as
+  `np.zeros(n, np.float32, like=x)`, is to be `like` what they were given;
 - at will, `memory(shape, models) -> int`: bytes that `prepare` and `combine` hold at most besides slices of `x` and
   `y`, or besides all of them for methods of scope `"tensor"`.
 """
@@ -103,6 +106,7 @@ class Method:
     coefficients: Callable[[Any, Any], Sequence[float] | None]
     idempotent: Callable[[Any], bool]
     base_first: bool
+    on_device: bool
     memory: Callable[[tuple[int, ...], int], int]
 
     @property
@@ -146,5 +150,6 @@ def load_method(name: str) -> Method:
         getattr(module, "coefficients", lambda params, state: None),
         getattr(module, "idempotent", lambda params: True),
         getattr(module, "BASE_FIRST", False),
+        getattr(module, "ON_DEVICE", getattr(module, "SCOPE", "element") != "tensor"),
         getattr(module, "memory", lambda shape, models: 0),
     )

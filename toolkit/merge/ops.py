@@ -83,7 +83,7 @@ def agree_on_signs(
         np.maximum(row, 0, out=row)
         if divisor != "none":
             share = weight if divisor == "weights" else 1.0
-            count = counts.setdefault(share, np.zeros(len(row), np.min_scalar_type(len(x))))
+            count = counts.setdefault(share, np.zeros(len(row), np.min_scalar_type(len(x)), like=row))
             np.add(count, row != 0, out=count)
         if i:
             np.add(merged, row, out=merged)

@@ -21,6 +21,7 @@ from toolkit.checkpoints.writer import SHARD_BYTES, plan_shards
 from toolkit.errors import Problem, SpecError, UnsupportedError
 from toolkit.merge.assemble import Piece, assemble
 from toolkit.merge.data import check_data, data_files
+from toolkit.merge.device import DEPTH, SLICE, find_device
 from toolkit.merge.groups import groups_of
 from toolkit.merge.inputs import GroupInputs, Input, Inputs, open_inputs
 from toolkit.merge.method import Method, MethodParams, load_method
@@ -128,6 +129,7 @@ class Plan:
         config: what differs in the output's `config.json` from the donor's.
         tokenizer: of the output; by default the donor's.
         template: chat template of the output; by default the tokenizer's.
+        device: that merges; `None` is the CPU, without torch.
     """
 
     spec: MergeSpec
@@ -139,6 +141,7 @@ class Plan:
     config: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: TokenizerFile | None = None
     template: str | None = None
+    device: str | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -155,7 +158,8 @@ class Plan:
         """Bytes of buffers that one worker needs at most, besides what the interpreter and its libraries take."""
         merged = [job for job in self.jobs if job.action == "merge"]
         inside = {id(c): c.buffer_bytes for c in self.inputs.checkpoints}
-        return max((_buffers(self.method, job) for job in merged), default=CHUNK * 8) + sum(inside.values())
+        buffers = _staging if self.device else partial(_buffers, self.method)
+        return max((buffers(job) for job in merged), default=CHUNK * 8) + sum(inside.values())
 
     def fingerprint(self) -> str:
         """Return an identity that changes when the spec, the inputs' files or the output's layout do."""
@@ -163,7 +167,7 @@ class Plan:
             "spec": self.spec.model_dump(mode="json", by_alias=True),
             "files": sorted(_identity(file) for file in self.inputs.files() | data_files(self.spec)),
             "shards": {k: [(t.name, t.dtype.name, t.shape) for t in v] for k, v in self.shards.items()},
-        }
+        } | ({"device": self.device} if self.device else {})
         return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,12 +224,15 @@ def make_plan(
     smoke: bool = False,
     allow_pickle: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    device: str = "cpu",
 ) -> Plan:
     """Open the inputs' headers and plan every output tensor; see `merge` for the arguments.
 
     Raises:
         SpecError: all that is wrong with the spec and with how its models fit together.
+        UnsupportedError: there is no such device.
     """
+    found_device = find_device(device)
     loaded = specs.load(spec, MergeSpec, overrides=overrides, smoke=smoke)
     try:
         method = load_method(loaded.merge_method)
@@ -234,6 +241,8 @@ def make_plan(
     seeded = loaded.seed is not None and "seed" in method.shared
     groups = groups_of(loaded, {"seed": loaded.seed} if seeded else None)
     found = check(groups, method)
+    if found_device and not method.on_device:
+        found.append(Problem("merge_method", f"{method.name} runs on the CPU alone; leave out --device"))
     dtype, wrong = _output_dtype(loaded)
     inputs, more = open_inputs(groups, method, partial(_nested, allow_pickle=allow_pickle), allow_pickle=allow_pickle)
     found += wrong + more + check_data(loaded, method)
@@ -266,7 +275,7 @@ def make_plan(
         raise loaded.error(wrong)
     shards = plan_shards([job.tensor for job in jobs], shard_bytes)
     tokenizer = vocabulary.tokenizer if vocabulary else None
-    return Plan(loaded, method, inputs, jobs, shards, dtype, config, tokenizer, template)
+    return Plan(loaded, method, inputs, jobs, shards, dtype, config, tokenizer, template, found_device)
 
 
 def _nested(spec: MergeSpec, where: str, *, allow_pickle: bool) -> Checkpoint:
@@ -354,6 +363,14 @@ def _buffers(method: Method, job: Job) -> int:
         return 4 * (models + 1) * count + method.memory(shape, models)
     row = shape[-1] if shape and method.scope == "row" else 1
     return 4 * (models + 2) * max(CHUNK, row) + method.memory(shape, models)
+
+
+def _staging(job: Job) -> int:
+    """Return what waits on the host to go to a device or has come from one; all else is on the device."""
+    infos = [source.place.info for source in job.sources] + ([job.base.info] if job.base else [])
+    count = min(job.tensor.count, max(SLICE, CHUNK, job.tensor.shape[-1] if job.tensor.shape else 1))
+    # Slices that are being read, that go up, that came down.
+    return (DEPTH + 1) * sum(max(32, info.dtype.bits) // 8 * count for info in [*infos, job.tensor])
 
 
 def _params_text(params: MethodParams | None) -> str:

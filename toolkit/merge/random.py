@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,15 +51,23 @@ class Draws:
     def bits(self, start: int, stop: int, out: NDArray[np.uint32] | None = None) -> NDArray[np.uint32]:
         """Return 32 uniform bits for each of the elements `start` to `stop`, in `out` where it is given."""
         out = np.empty(stop - start, np.uint32) if out is None else out
+        if not isinstance(out, np.ndarray):
+            np.copyto(out, self._draw_all(start, stop, out))
+            return out
         for block, first, last in _blocks(start, stop):
             self._draw(block, first, last, out[first - start : last - start])
         return out
 
-    def below(self, probability: float, start: int, stop: int) -> NDArray[np.bool_]:
-        """Return for each of the elements `start` to `stop` whether its number in [0, 1) is below a probability."""
+    def below(self, probability: float, start: int, stop: int, like: NDArray[Any] = _PLACES) -> NDArray[np.bool_]:
+        """Return for each of the elements `start` to `stop` whether its number in [0, 1) is below a probability.
+
+        The answers are an array `like` another one: on its device.
+        """
         threshold = round(probability * 2**32)
         if threshold >= 1 << 32:
-            return np.ones(stop - start, np.bool_)
+            return np.full(stop - start, True, np.bool_, like=like)
+        if not isinstance(like, np.ndarray):
+            return np.less(self._draw_all(start, stop, like), np.uint32(threshold))
         out = np.empty(stop - start, np.bool_)
         for block, first, last in _blocks(start, stop):
             drawn = _SCRATCH.drawn[: last - first]
@@ -71,7 +80,15 @@ class Draws:
         stride, offset = self._keys(block)
         np.multiply(_PLACES[first - block * _BLOCK : last - block * _BLOCK], stride, out=out)
         np.add(out, offset, out=out)
-        _mix(out)
+        _mix(out, _SCRATCH.shifted[: len(out)])
+
+    def _draw_all(self, start: int, stop: int, like: NDArray[Any]) -> NDArray[np.uint32]:
+        """Return the bits of the elements `start` to `stop`, all blocks at once: a device has no cache to stay in."""
+        first = start // _BLOCK
+        keys = np.array([self._keys(block) for block in range(first, -(-stop // _BLOCK))])
+        words = np.arange(_BLOCK, dtype=np.uint32, like=like) * keys[:, :1] + keys[:, 1:]
+        _mix(words, np.empty_like(words))
+        return words.reshape(-1)[start - first * _BLOCK : stop - first * _BLOCK]
 
     def _keys(self, block: int) -> tuple[np.uint32, np.uint32]:
         text = f"{self.seed}\0{self.tensor}\0{self.model}\0{block}"
@@ -85,9 +102,11 @@ def _blocks(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         yield block, max(start, block * _BLOCK), min(stop, (block + 1) * _BLOCK)
 
 
-def _mix(x: NDArray[np.uint32]) -> None:
-    """Hash 32 bits to 32 bits, one to one, in place (the constants are of Chris Wellons' search, "lowbias32")."""
-    shifted = _SCRATCH.shifted[: len(x)]
+def _mix(x: NDArray[np.uint32], shifted: NDArray[np.uint32]) -> None:
+    """Hash 32 bits to 32 bits, one to one, in place; `shifted` is room to work in.
+
+    The constants are of Chris Wellons' search, "lowbias32".
+    """
     np.right_shift(x, _HALF, out=shifted)
     np.bitwise_xor(x, shifted, out=x)
     np.multiply(x, _FIRST, out=x)

@@ -28,7 +28,7 @@ from toolkit.checkpoints.tokenizers import write_tokenizer
 from toolkit.checkpoints.writer import write_text
 from toolkit.errors import CheckpointError, MissingError, UnsupportedError
 from toolkit.merge.plan import Job, Plan, make_plan
-from toolkit.merge.stream import Scratch, Stream, survey
+from toolkit.merge.stream import Stream, scratch_of, survey
 from toolkit.progress import track
 from toolkit.tables import Cell, Report, Table, human_bytes
 
@@ -74,6 +74,7 @@ class Companions:
             "spec": plan.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True),
             "inputs": files,
             "in_memory": any(isinstance(checkpoint, MemoryCheckpoint) for checkpoint in plan.inputs.checkpoints),
+            "device": plan.device or "cpu",
             "tensors": len(plan.jobs),
             "non_finite": list(non_finite),
             "versions": versions(),
@@ -144,7 +145,7 @@ def verify(folder: str | Path, *, allow_pickle: bool = False, quiet: bool = Fals
     """Compute a sample of a merge again from its record, and compare it with what was written, byte by byte.
 
     Every tensor of the output is looked at by name, shape and dtype; of up to 256 of them, spread over the model, one
-    slice each is computed again (of 8, for methods that need whole tensors).
+    slice each is computed again (of 8, for methods that need whole tensors), on the device that merged them.
 
     Args:
         folder: that `merge` wrote.
@@ -163,7 +164,7 @@ def verify(folder: str | Path, *, allow_pickle: bool = False, quiet: bool = Fals
         raise UnsupportedError(f"{folder}: models in memory were merged, which cannot be read again")
     for entry in record["inputs"]:
         _check_unchanged(entry)
-    plan = make_plan(record["spec"], allow_pickle=allow_pickle)
+    plan = make_plan(record["spec"], allow_pickle=allow_pickle, device=record.get("device", "cpu"))
     if plan.method.statistics:
         plan.inputs.close()
         raise UnsupportedError(f"{folder}: {plan.method.name} measures models on data; merge again to compare")
@@ -212,10 +213,10 @@ def _chosen(plan: Plan) -> list[Job]:
 def _different(plan: Plan, written: FolderCheckpoint, chosen: Sequence[Job], quiet: bool) -> list[str]:
     """Compute one slice of each job again; name what differs."""
     surveyed = survey(plan) if chosen else {}
-    scratch, rng, faults = Scratch(), np.random.default_rng(0), []
+    scratch, rng, faults = scratch_of(plan), np.random.default_rng(0), []
     with track("verifying", len(chosen), unit="tensors", quiet=quiet) as progress:
         for job in chosen:
-            stream = Stream(job, plan.method, scratch, surveyed.get(job.tensor.name))
+            stream = scratch.open(job, plan.method, surveyed.get(job.tensor.name))
             slices = list(stream.ranges() if job.action == "merge" else chunks(job.tensor.shape))
             start, stop = slices[int(rng.integers(len(slices)))]
             expected = encode_slice(job, stream, start, stop)
@@ -228,7 +229,7 @@ def _different(plan: Plan, written: FolderCheckpoint, chosen: Sequence[Job], qui
 def encode_slice(job: Job, stream: Stream, start: int, stop: int) -> np.ndarray:
     """Return the bytes of a slice of an output tensor, merged or copied."""
     if job.action == "merge":
-        return encode(stream.merged_slice(start, stop), job.tensor.dtype)
+        return stream.encoded_slice(start, stop)
     if job.donor.info.dtype == job.tensor.dtype and job.donor.is_stored:
         return job.donor.read_raw(start, stop)
     values = stream.scratch.base(stop - start)

@@ -27,12 +27,13 @@ from toolkit.checkpoints.writer import (
     staging_path,
 )
 from toolkit.errors import OutputError, Problem
+from toolkit.merge.device import find_device
 from toolkit.merge.plan import Job, Place, Plan, make_plan
 from toolkit.merge.record import Companions, Hashes
 from toolkit.merge.spec import MergeSpec, OutputSpec
 from toolkit.merge.statistics.collect import collect
 from toolkit.merge.statistics.files import Statistics, remove_statistics
-from toolkit.merge.stream import Scratch, Stream, survey
+from toolkit.merge.stream import Scratch, scratch_of, survey
 from toolkit.progress import Progress, track
 from toolkit.tables import Report, Table, human_bytes
 
@@ -70,6 +71,7 @@ def merge(
     card: bool = True,
     tokenizer: bool = True,
     allow_pickle: bool = False,
+    device: str = "cpu",
     quiet: bool = False,
 ) -> MergeResult:
     """Merge models as a spec says and write the result.
@@ -83,32 +85,37 @@ def merge(
         smoke: apply the spec's own `smoke:` block.
         resume: go on with a merge into `out` that was killed.
         overwrite: replace `out` if it exists.
-        workers: threads; by default one per core, at most four.
+        workers: threads; by default one per core, at most four, and two where a GPU computes.
         shard_bytes: largest size of an output file.
         hashes: identify the inputs' files in the record by a hash of a `sample` of their blocks, or by their `full`
             SHA-256, which takes as long as a merge does; files from the hub have theirs by name.
         card: write a model card.
         tokenizer: copy the tokenizer's files.
         allow_pickle: also read pickled checkpoints, with `weights_only`.
+        device: that computes: `cpu`; `cuda` or `cuda:N`, a GPU; or `auto`, a GPU where there is one.
         quiet: show no progress.
 
     Raises:
         SpecError: everything that is wrong with the spec and the way its models fit, before any weight is read.
         OutputError: `out` exists, or cannot be written.
+        UnsupportedError: there is no such device.
     """
     out = Path(out)
     loaded = specs.load(spec, MergeSpec, overrides=overrides, smoke=smoke)
     check_free(out, overwrite=overwrite)
+    if loaded.output.type != "checkpoint" and find_device(device):
+        raise loaded.error([Problem("output.type", f"{loaded.output.type} is computed on the CPU; leave out --device")])
     if loaded.output.type == "adapter":
         from toolkit.merge.lowrank import merge_adapters
 
         return merge_adapters(loaded, out, overwrite=overwrite, quiet=quiet)
     if loaded.output.type == "compressed":
         return _compress(loaded, out, overwrite=overwrite, allow_pickle=allow_pickle, quiet=quiet)
-    plan = make_plan(loaded, allow_pickle=allow_pickle, shard_bytes=shard_bytes)
+    plan = make_plan(loaded, allow_pickle=allow_pickle, shard_bytes=shard_bytes, device=device)
     try:
         # A method that takes whole tensors leaves the cores to linear algebra, and memory to one tensor at a time.
-        workers = workers or (1 if plan.method.scope == "tensor" else min(4, os.cpu_count() or 1))
+        most = 1 if plan.method.scope == "tensor" else 2 if plan.device else 4
+        workers = workers or min(most, os.cpu_count() or 1)
         beside = Companions(hashes, card, tokenizer)
         return _execute(plan, out, beside, resume=resume, workers=workers, quiet=quiet)
     finally:
@@ -209,16 +216,15 @@ class _Worker:
     def _merge(self, job: Job) -> bool:
         finite = True
         name = job.tensor.name
-        stream = Stream(job, self.method, self._scratch(), self.surveyed.get(name), self.statistics.get(name))
-        for start, merged in stream.merged():
-            raw = encode(merged, job.tensor.dtype)
-            finite = finite and all_finite(raw, job.tensor.dtype)
-            self.writer.write(job.tensor.name, start, raw)
+        stream = self._scratch().open(job, self.method, self.surveyed.get(name), self.statistics.get(name))
+        for start, raw, this_one in stream.encoded():
+            finite = finite and this_one
+            self.writer.write(name, start, raw)
         return finite
 
     def _scratch(self) -> Scratch:
         if not hasattr(self.local, "scratch"):
-            self.local.scratch = Scratch()
+            self.local.scratch = scratch_of(self.plan)
         return self.local.scratch
 
 

@@ -105,7 +105,7 @@ def _sample(read: Reader, count: int) -> tuple[list[NDArray[np.uint32]], bool]:
     size = min(max(count // 256, _SAMPLE[0]), _SAMPLE[1])
     every = max(1, count // (max(_SAMPLED_CHUNKS, size // (CHUNK // 8)) * CHUNK))
     stride = max(1, count // (every * size))
-    parts = [magnitude_bits(np.ascontiguousarray(x[:, ::stride])) for _, x in read(every)]
+    parts = [magnitude_bits(np.ascontiguousarray(x[:, ::stride], like=x)) for _, x in read(every)]
     return [np.sort(vector) for vector in np.concatenate(parts, axis=1)], every * stride == 1
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from toolkit.checkpoints.deltas import CHUNK, chunks
-from toolkit.checkpoints.dtypes import Floats
+from toolkit.checkpoints.dtypes import Bytes, Floats, all_finite, encode
 from toolkit.merge.method import Method
 from toolkit.merge.statistics.files import Statistics
 
@@ -39,9 +39,23 @@ class Scratch:
             self._stack = np.empty(models * max(size, CHUNK), np.float32)
         return self._stack[: models * size].reshape(models, size)
 
+    def open(self, job: Job, method: Method, surveyed: Any = None, statistics: Statistics | None = None) -> Stream:
+        """Return a tensor as its method takes it, in these buffers; see `Stream`."""
+        return Stream(job, method, self, surveyed, statistics)
+
     def shrink(self) -> None:
         """Give back what a large tensor needed."""
         self.__init__()
+
+
+def scratch_of(plan: Plan) -> Scratch:
+    """Return what a thread needs to run a plan, on the plan's device."""
+    if plan.device is None:
+        return Scratch()
+    from toolkit.merge.device import open_device
+    from toolkit.merge.device.stream import DeviceScratch  # which imports torch
+
+    return DeviceScratch(open_device(plan.device))
 
 
 @cache
@@ -108,6 +122,17 @@ class Stream:
         base = self.scratch.base(last - first) if self.is_delta else None
         return self._on_base(self._combine(x, state, first), base)[start - first : stop - first]
 
+    def encoded(self) -> Iterator[tuple[int, Bytes, bool]]:
+        """Yield `(start, bytes, finite)`: the merged weights as they are stored, and whether they are finite."""
+        dtype = self.job.tensor.dtype
+        for start, merged in self.merged():
+            raw = encode(merged, dtype)
+            yield start, raw, all_finite(raw, dtype)
+
+    def encoded_slice(self, start: int, stop: int) -> Bytes:
+        """Return elements `start` to `stop`, one of the `ranges`, of the merged weights as they are stored."""
+        return encode(self.merged_slice(start, stop), self.job.tensor.dtype)
+
     def _rows_around(self, start: int, stop: int) -> tuple[int, int]:
         """Return the smallest range of whole rows that holds a slice."""
         row = max(1, self.shape[-1] if self.shape else 1)
@@ -170,8 +195,8 @@ def survey(plan: Plan, statistics: Mapping[str, Statistics] | None = None) -> Ma
     if plan.method.survey is None:
         return {}
     jobs = [job for job in plan.jobs if job.action == "merge"]
-    scratch = Scratch()
+    scratch = scratch_of(plan)
     known = statistics or {}
-    streams = [Stream(job, plan.method, scratch, statistics=known.get(job.tensor.name)) for job in jobs]
+    streams = [scratch.open(job, plan.method, statistics=known.get(job.tensor.name)) for job in jobs]
     found = plan.method.survey([(stream, job.params) for stream, job in zip(streams, jobs, strict=True)])
     return {job.tensor.name: state for job, state in zip(jobs, found, strict=True)}

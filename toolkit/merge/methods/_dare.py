@@ -54,7 +54,7 @@ class RandomMask:
         """Zero what is not kept in a slice `x` `[N]` that begins at flat index `start`."""
         if self.density == 1:
             return
-        make = partial(self.draws.below, self.density, start, start + len(x))
+        make = partial(self.draws.below, self.density, start, start + len(x), like=x)
         np.multiply(x, self.remembered.mask(start, len(x), make) if self.remembered else make(), out=x)
 
     def drop_and_rescale(self, x: Floats, start: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from typing import Annotated, Literal
 
 import numpy as np
@@ -41,14 +40,13 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self._wide, self._words = np.empty((2, 0), np.int64), np.empty((3, 0), np.uint32)
 
-    def arrays(self, shape: tuple[int, ...]) -> _Arrays:
-        """Return room for rows of a shape `[R, K]`; what was there is lost."""
-        size = prod(shape)
-        if size > self._words.shape[1]:
-            self._wide = np.empty((2, max(size, CHUNK)), np.int64)
-            self._words = np.empty((3, max(size, CHUNK)), np.uint32)
-        place, index = (part[:size].reshape(shape) for part in self._wide)
-        bits, ordered, words = (part[:size].reshape(shape) for part in self._words)
+    def arrays(self, x: Floats) -> _Arrays:
+        """Return room for rows like `x` `[R, K]`; what was there is lost."""
+        if x.size > self._words.shape[1] or type(self._words) is not type(x):
+            self._wide = np.empty((2, max(x.size, CHUNK)), np.int64, like=x)
+            self._words = np.empty((3, max(x.size, CHUNK)), np.uint32, like=x)
+        place, index = (part[: x.size].reshape(x.shape) for part in self._wide)
+        bits, ordered, words = (part[: x.size].reshape(x.shape) for part in self._words)
         return _Arrays(place.view(np.float64), index.view(np.intp), bits, ordered, words)
 
 
@@ -131,8 +129,8 @@ class RankedMask:
 
     def _made(self, x: Floats, start: int) -> NDArray[np.bool_]:
         if x.shape[1] == 1:
-            return self.draws.below(self.density, start, start + x.size)[:, None]
-        work = _SCRATCH.arrays(x.shape)
+            return self.draws.below(self.density, start, start + x.size, like=x)[:, None]
+        work = _SCRATCH.arrays(x)
         np.copyto(work.ordered, magnitude_bits(x, work.bits))
         work.ordered.sort(axis=1)
         self.draws.bits(start, start + x.size, work.words.reshape(-1))
@@ -162,7 +160,7 @@ class RankedMask:
     def _probabilities(self, x: Floats) -> NDArray[np.float32]:
         rows, width = x.shape
         if width == 1:
-            return np.full(x.shape, self.density, np.float32)
+            return np.full(x.shape, self.density, np.float32, like=x)
         # Behind the number of their row, sorted rows are one sorted vector.
         keys = (np.arange(rows, dtype=np.uint64)[:, None] << np.uint64(32)) + magnitude_bits(x)
         whole = np.sort(keys, axis=1).reshape(-1)

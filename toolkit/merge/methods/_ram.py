@@ -23,7 +23,7 @@ class RamParams(MethodParams):
 
 def drop_unchanged(x: Floats, epsilon: float) -> Floats:
     """Zero what counts as unchanged in deltas `x` `[M, N]`; return how many models change each element, `[N]`."""
-    count = np.zeros(x.shape[1], np.float32)
+    count = np.zeros(x.shape[1], np.float32, like=x)
     for row in x:
         changed = (np.abs(row) > np.float32(epsilon)).astype(np.float32)
         np.multiply(row, changed, out=row)

@@ -57,7 +57,7 @@ def prepare(tensor: TensorStream, params: Params) -> State:
             base, other = rows = x.reshape(2, -1, width)
             here = divergences[start // width :][: rows.shape[1]]
             if np.isnan(here[0]):  # the first time
-                here[:] = _divergence(other, base)
+                np.copyto(here, _divergence(other, base))
             yield start, _importance(other, base, here).reshape(1, -1)
 
     last = tensor.count - 1

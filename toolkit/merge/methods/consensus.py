@@ -83,7 +83,7 @@ def combine(x: Floats, params: Params, state: State, start: int) -> Floats:
         np.multiply(row, np.float32(weight), out=row)
     if merged is None:
         merged = x.sum(axis=0)
-    kept = np.zeros(merged.shape, np.int32)
+    kept = np.zeros(merged.shape, np.int32, like=x)
     for row, mask_lambda in zip(x, params.mask_lambda, strict=True):
         np.add(kept, tall_mask(row, merged, mask_lambda), out=kept)
     np.multiply(merged, kept >= params.k, out=merged)

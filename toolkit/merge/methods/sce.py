@@ -105,7 +105,7 @@ def _variance(x: Floats, scale: float) -> Floats:
 
     No mean is rounded, so it is 0 exactly where all are equal, and equal where values on a grid make it so.
     """
-    total, difference = np.zeros(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
+    total, difference = np.zeros(x.shape[1], np.float32, like=x), np.empty(x.shape[1], np.float32, like=x)
     for a, b in combinations(x, 2):
         np.subtract(a, b, out=difference)
         np.multiply(difference, np.float32(scale), out=difference)
