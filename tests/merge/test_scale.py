@@ -1,4 +1,4 @@
-"""Merges of many tensors, and of large ones: time that grows with their number, memory that does not with their size."""
+"""Many tensors, and large ones: time that grows with their number, memory that does not grow with their size."""
 
 from __future__ import annotations
 
