@@ -161,6 +161,12 @@ class Plan:
         buffers = _staging if self.device else partial(_buffers, self.method)
         return max((buffers(job) for job in merged), default=CHUNK * 8) + sum(inside.values())
 
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of weights, and of gradients and their sums, that measuring the models on data holds at once."""
+        copies = {None: 0, "fisher": 3}.get(self.method.statistics, 1)
+        return 4 * copies * sum(t.count for t in self.inputs.donor.tensors.values())
+
     def fingerprint(self) -> str:
         """Return an identity that changes when the spec, the inputs' files or the output's layout do."""
         what = {
@@ -177,6 +183,7 @@ class Plan:
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
             "memory_bytes": self.memory_bytes,
+            "statistics_bytes": self.statistics_bytes,
             "shards": {name: sum(t.nbytes for t in tensors) for name, tensors in self.shards.items()},
             "tensors": [
                 {
@@ -211,6 +218,8 @@ class Plan:
         total = [human_bytes(self.read_bytes), human_bytes(self.write_bytes)]
         rows.append(["all", len(self.jobs), human_count(sum(j.tensor.count for j in self.jobs)), "", "", *total])
         title = f"Plan; buffers of {human_bytes(self.memory_bytes)} per worker"
+        if self.statistics_bytes:
+            title += f"; models are run on data first, in {human_bytes(self.statistics_bytes)} and what a run takes"
         return Table(("role", "tensors", "elements", "method", "parameters", "read", "write"), rows, title)
 
     def _repr_html_(self) -> str:

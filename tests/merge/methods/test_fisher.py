@@ -151,6 +151,14 @@ def test_loras_are_measured_as_the_models_that_they_make(base, loras, family, tm
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
 
+def test_plan_says_what_measuring_holds(family):
+    models = [{"model": family["tuned0"], "data": family["rows0"]}]
+    plan = make_plan({"merge_method": "fisher", "models": models})
+    weights = load_file(Path(family["tuned0"]) / "model.safetensors")
+    assert plan.statistics_bytes == 3 * 4 * sum(value.numel() for value in weights.values())
+    assert "models are run on data first" in str(plan.table().title)
+
+
 def test_data_that_is_missing_or_not_used(family, tmp_path):
     spec = {"merge_method": "fisher", "models": [{"model": family["tuned0"]}, {"model": family["tuned1"]}]}
     with pytest.raises(SpecError, match=r"models\[1\].data: required by fisher"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,20 @@ def test_whole_merge(kind, tmp_path):
             expected = expected if kind == "gpt2" else expected.T
         torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
     assert linear == (15 if kind == "llama" else 8)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (1, 400), (400, 1)])
+def test_memory_is_bounded_as_declared(shape, transposed):
+    loaded, models = load_method("regmean"), 3
+    width = shape[0 if transposed else 1]
+    x = RNG.standard_normal((models, *shape)).astype(np.float32)
+    tensor = Arrays(x, "tensor")
+    tensor.statistics = Measured(np.stack([a.T @ a for a in RNG.standard_normal((models, 500, width))]))
+    tensor.statistics.transposed = transposed
+    given = settings("regmean", {}, models)
+    tracemalloc.start()
+    loaded.combine(tensor.x, given, loaded.prepare(tensor, given), 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= loaded.memory(shape, models)
