@@ -29,7 +29,7 @@ def merge(
     overwrite: Overwrite = False,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", "--num-threads", "-j", min=1, help="Threads; by default one per core, at most four."),
+        typer.Option("--workers", "--num-threads", "-j", min=1, help="Threads; by default one."),
     ] = None,
     shard_size: Annotated[
         str,
