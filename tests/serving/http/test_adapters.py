@@ -192,7 +192,7 @@ def test_names_that_are_refused(name, http):
 
 
 def test_a_model_name_is_never_a_path(http, root):
-    for name in (str(root / "one"), "../root/one", "one", "..", "/"):
+    for name in (str(root / "one"), f"../{root.name}/one", "one", "..", "/"):
         response = http.post("/v1/completions", json={"model": name, "prompt": "x"})
         assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
 
