@@ -27,7 +27,7 @@ from transformers import (
 
 from tests import tiny
 from toolkit.embedded.tokenizer import build_tokenizer
-from toolkit.errors import CheckpointError, RequestError, SpecError, UnsupportedError
+from toolkit.errors import CheckpointError, MissingError, RequestError, SpecError, UnsupportedError
 from toolkit.models.load import load_tokenizer
 from toolkit.serving.engine import Engine
 from toolkit.serving.request import Sampling
@@ -87,6 +87,8 @@ def test_logits_do_not_depend_on_the_batch(base, loras):
     prompts = prompts_of(6, seed=3)
     with Engine(str(base), loras, limits=Limits(max_batch_tokens=4096)) as engine:
         model = {name: tiny.load_merged(base, loras.get(name)) for name in ("base", "wide", "dora")}
+        for name in ("wide", "dora"):
+            engine.preload(name)
         tickets = [engine.submit(p, ("base", "wide", "dora")[i % 3]) for i, p in enumerate(prompts)]
         complete, logits = engine.runner.run(engine.scheduler.schedule())
         assert len(complete) == 6
@@ -104,9 +106,11 @@ def test_any_chunking_of_a_prompt_gives_the_same_logits(chunk, base, loras):
     prompt = prompts_of(1, seed=5, longest=60)[0]
     with Engine(str(base), loras, limits=Limits(page_size=4)) as engine, torch.inference_mode():
         expected = tiny.load_merged(base, loras["plain"])(torch.tensor([prompt])).logits[0, -1]
+        engine.preload("plain")
         request = engine.submit(prompt, "plain").request
         work = engine.scheduler.schedule()
         assert [w.count for w in work] == [len(prompt)]
+        request.blocks += [engine.scheduler.pool.allocate(1) for _ in range(15 - len(request.blocks))]
         while request.num_pending:
             _, logits = engine.runner.run([Work(request, min(chunk, request.num_pending))])
         torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
@@ -185,6 +189,7 @@ def test_adapter_loaded_anew_is_another_one(base, tmp_path):
     with Engine(str(base), {"x": old}) as engine:
         sampling = Sampling(max_tokens=ENOUGH, ignore_eos=True)
         before = engine.submit(prompt, "x", sampling)
+        engine.preload("x")
         for _ in range(5):
             engine.step()
         engine.add_adapter("x", new)
@@ -193,8 +198,9 @@ def test_adapter_loaded_anew_is_another_one(base, tmp_path):
             engine.step()
         assert before.request.output == tiny.greedy(tiny.load_merged(base, old), prompt, ENOUGH)
         assert after.request.output == tiny.greedy(tiny.load_merged(base, new), prompt, ENOUGH)
-        keys = {key for module in engine.model.modules() for key in getattr(module, "pairs", {})}
-        assert keys == {engine.adapters.infos["x"].key}, "the old factors stay as long as they are used, no longer"
+        engine.check()
+        assert set(engine.adapters._entries) == {engine.adapters.infos["x"].key}, "the old one is kept while it is used"
+        assert engine.adapters.num_resident == 1
 
 
 def test_two_names_of_the_same_content_share_it(base, loras):
@@ -204,7 +210,8 @@ def test_two_names_of_the_same_content_share_it(base, loras):
         assert engine.models == ["base", "b"]
         check(base, {"b": loras["plain"]}, engine, [(prompts_of(1)[0], "b")])
         engine.remove_adapter("b")
-        assert not any(getattr(module, "pairs", {}) for module in engine.model.modules())
+        assert not engine.adapters._entries
+        assert engine.adapters.num_resident == 0
 
 
 def test_cancelled_requests_free_their_pages_at_once(base, loras):
@@ -278,14 +285,24 @@ def test_bad_requests(prompt, model, message, base, loras):
 
 
 def test_bad_adapters_change_nothing(base, loras, tmp_path):
-    whole = tiny.save_lora(base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["lm_head"])
-    embedding = tiny.save_lora(base, tmp_path / "embedding", target_modules=["embed_tokens", "q_proj"])
     other = tiny.save_lora(tiny.save_model(tiny.llama(hidden_size=32), tmp_path / "b"), tmp_path / "other")
+    foreign = tiny.save_lora(
+        tiny.save_model(other_models()["gpt2"], tmp_path / "g"),
+        tmp_path / "foreign",
+        fan_in_fan_out=True,
+        target_modules=["c_attn"],
+    )
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (pickled / "adapter_model.bin").write_bytes(b"")
     with Engine(str(base), {"plain": loras["plain"]}) as engine:
         for source, error, message in (
-            (whole, UnsupportedError, "cannot be batched; merge it into the base"),
-            (embedding, UnsupportedError, "adapts model.embed_tokens, which is no linear layer"),
             (other, CheckpointError, "but in the served model it is"),
+            (foreign, CheckpointError, "adapts transformer.h.0.attn.c_attn, which the served model does not have"),
+            (pickled, CheckpointError, "only pickled weights in this folder"),
+            (tmp_path / "g", CheckpointError, "so it is no fine-tune of the served model"),
+            (tmp_path / "nothing", MissingError, "no such folder"),
         ):
             with pytest.raises(error, match=message):
                 engine.add_adapter("new", source)
@@ -397,7 +414,7 @@ def tiny_model(kind: str, **changes) -> PreTrainedModel:
             r"in chunks of 8 tokens \(attention_chunk_",
         ),
         ("doge", {}, "DogeAttention makes a mask of its own"),
-        ("mamba", {"state_size": 4}, "MambaForCausalLM cannot"),
+        ("mamba", {"state_size": 4}, "0 of 2 layers attend through"),
         ("bloom", {}, "BloomForCausalLM cannot take another attention"),
     ],
 )
@@ -475,11 +492,3 @@ def test_device_and_dtype_must_be_those_of_the_object(base):
 def test_dtypes_that_are_none(dtype, message, base):
     with pytest.raises(UnsupportedError, match=message):
         Engine(str(base), dtype=dtype)
-
-
-def test_model_whose_attention_cannot_be_replaced_is_refused(base, monkeypatch):
-    monkeypatch.setattr(
-        "toolkit.serving.attention.KVCache.layer", lambda self, index, k, v: (torch.zeros(9, 16, 2, 12),) * 2
-    )
-    with pytest.raises(UnsupportedError, match="0 of 3 layers attend through transformers"):
-        Engine(str(base))

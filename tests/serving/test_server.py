@@ -54,7 +54,7 @@ def engine(base, loras):
         str(base),
         loras,
         word_router(base),
-        limits=Limits(max_requests=4, page_size=4, max_batch_tokens=64, cache_tokens=240),
+        limits=Limits(max_requests=4, page_size=4, max_batch_tokens=64, cache_tokens=300),
     )
     yield engine
     engine.close()
@@ -223,7 +223,12 @@ BAD = {
     "number": ({"model": "base", "prompt": 5}, 400, None, "prompt: Input should be a text, a list of token ids, or a"),
     "numbers in lists": ({"model": "base", "prompt": ["a", 5]}, 400, None, "prompt: Input should be a text, a list of"),
     "no stop": ({"model": "base", "prompt": "x", "stop": 5}, 400, None, "stop: Input should be a valid string or"),
-    "too large for the cache": ({"model": "auto", "prompt": "x", "max_tokens": 245}, 400, None, "the cache holds 240"),
+    "too large for the cache": (
+        {"model": "patterns", "prompt": "x", "max_tokens": 250},
+        400,
+        None,
+        "the cache holds 300 beside",
+    ),
     "no answers": (
         {"model": "base", "prompt": "x", "n": 0},
         400,

@@ -20,7 +20,8 @@ from toolkit.progress import track
 from toolkit.routing.evaluate import RouteResult, judge
 from toolkit.routing.router import Router, load_router
 from toolkit.routing.spec import RouteEvaluateSpec
-from toolkit.serving.engine import BASE, Engine
+from toolkit.serving.engine import Engine
+from toolkit.serving.mix import BASE
 from toolkit.serving.request import Sampling
 from toolkit.tables import Report, Table
 

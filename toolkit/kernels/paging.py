@@ -48,13 +48,25 @@ def gather(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tenso
 
 
 def store(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
-    """Write the keys or values of new tokens, `[T, G, D]`, into their slots."""
-    cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, values)
+    """Write the keys or values of new tokens, `[T, G, D]`, into their slots; pages may lie apart."""
+    page = cache.shape[1]
+    cache.index_put_((slots // page, slots % page), values.to(cache.dtype))
 
 
-def visible(first: int, stop: int, length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return `[stop - first, length]`: which tokens the queries at positions `first` to `stop` see."""
+def visible(
+    first: int, stop: int, length: int, window: int | None, device: torch.device, num_global: int = 0
+) -> torch.Tensor:
+    """Return `[stop - first, length]`: which tokens the queries at positions `first` to `stop` see.
+
+    Args:
+        first: may be negative; queries before the first token see none.
+        stop: may lie past the tokens.
+        length: tokens there are.
+        window: tokens that a query sees, itself included; `None` sees all.
+        device: of the result.
+        num_global: first tokens that later queries see whatever the window.
+    """
     query = torch.arange(first, stop, device=device)[:, None]
     key = torch.arange(length, device=device)[None]
     seen = key <= query
-    return seen if window is None else seen & (key > query - window)
+    return seen if window is None else seen & ((key > query - window) | (key < num_global))

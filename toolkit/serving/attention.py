@@ -8,7 +8,7 @@ pass through torch's attention, which is how prompts are embedded for routing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,8 @@ from toolkit.kernels.decode_attention import decode_attention
 from toolkit.kernels.impl import Impl
 from toolkit.kernels.paging import PagedBatch, store
 from toolkit.kernels.prefill_attention import prefill_attention
+from toolkit.serving.memory import Memory
+from toolkit.serving.observe import Observed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,44 +41,17 @@ _UNDERSTOOD = {
 }
 
 
-@dataclass
-class KVCache:
-    """Keys and values of every layer, `[P, page, G, D]` each; layers are added as the first forward pass meets them.
-
-    Args:
-        num_pages: in the pool.
-        page_size: tokens of a page.
-    """
-
-    num_pages: int
-    page_size: int
-    keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the caches of a layer whose new keys and values are `[T, G, D]`."""
-        if index not in self.keys:
-            self.keys[index] = k.new_zeros(self.num_pages, self.page_size, *k.shape[1:])
-            self.values[index] = v.new_zeros(self.num_pages, self.page_size, *v.shape[1:])
-        return self.keys[index], self.values[index]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all layers."""
-        return sum(t.nbytes for t in (*self.keys.values(), *self.values.values()))
-
-
 @dataclass(frozen=True)
 class PagedStep:
     """What the attention of one step needs.
 
     Attributes:
-        cache: of all layers.
+        memory: keys and values of all layers.
         batch: the sequences, decodes first.
         impl: form of the attention operations, `None` for the device's own.
     """
 
-    cache: KVCache
+    memory: Memory
     batch: PagedBatch
     impl: Impl | None = None
 
@@ -89,6 +64,7 @@ def paged_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     paged: PagedStep | None = None,
+    observed: Observed | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as transformers asks an attention implementation to.
@@ -101,10 +77,13 @@ def paged_attention(
         attention_mask: used only without `paged`.
         scaling: of the scores.
         paged: the step, when the engine runs it.
+        observed: where the layer's heads are noted.
 
     Returns:
         `[1, T, H, D]`.
     """
+    if observed is not None:
+        observed.heads[_layer(module)] = key.shape[1], key.shape[3]
     if paged is None and kwargs.get("softcap") is not None:
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         return _soft_capped(query, key, value, attention_mask, scale, kwargs["softcap"]), None
@@ -113,7 +92,7 @@ def paged_attention(
     _check_understood(module, attention_mask, kwargs)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     batch = paged.batch
-    k_cache, v_cache = paged.cache.layer(int(module.layer_idx), k, v)  # pyright: ignore[reportArgumentType]
+    k_cache, v_cache = paged.memory.keys[_layer(module)], paged.memory.values[_layer(module)]
     store(k_cache, batch.slots, k)
     store(v_cache, batch.slots, v)
     options = {
@@ -132,6 +111,10 @@ def paged_attention(
         out = prefill_attention(q[rows[n] :], k_cache, v_cache, starts, batch.lengths[n:], batch.tables[n:], **options)
         parts.append(out[0])
     return torch.cat(parts)[None], None
+
+
+def _layer(module: nn.Module) -> int:
+    return int(module.layer_idx)  # pyright: ignore[reportArgumentType]
 
 
 def _soft_capped(

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 
 from toolkit.errors import RequestError
-from toolkit.serving.engine import AUTO, Engine
+from toolkit.serving.engine import Engine
+from toolkit.serving.mix import AUTO
 from toolkit.serving.prompts import Prompt, encode_prompt
 
 Pooling = Literal["last", "mean"]
@@ -23,7 +24,7 @@ def embed(
     Args:
         engine: in whose thread this runs.
         prompt: a text or token ids.
-        model: `base` or an adapter.
+        model: `base`, an adapter or a composition.
         pooling: take the hidden state, after the last norm, of the last token, or the mean over all tokens.
         normalize: divide by the Euclidean norm.
 
@@ -32,8 +33,6 @@ def embed(
     """
     if model == AUTO:
         raise RequestError("vectors of different experts cannot be compared, so ask for one model and not for auto")
-    if model not in engine.models:
-        raise RequestError(f"no model {model!r} (served: {', '.join(engine.models)})", "model_not_found")
     ids, _ = encode_prompt(engine.tokenizer, prompt, engine.runner.vocabulary)
     if not ids:
         raise RequestError("the prompt is empty")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -16,96 +16,39 @@ from typing import Any, Self, TypeVar, cast
 import torch
 from transformers import PreTrainedModel
 
-from toolkit.checkpoints.dtypes import by_torch_name
 from toolkit.checkpoints.locate import locate
-from toolkit.errors import MissingError, Problem, RequestError, SpecError, UnsupportedError
-from toolkit.kernels.grouped_lora import Segment
+from toolkit.errors import MissingError, Problem, RequestError, SpecError
 from toolkit.kernels.impl import Impl
-from toolkit.models.load import LoadedModel, load_model, pick_device, quiet_transformers
 from toolkit.routing.embedding import HiddenStates
 from toolkit.routing.router import Choice, Router, load_router
-from toolkit.serving.adapter_pool import AdapterInfo, AdapterPool
+from toolkit.serving.adapters.contents import Source
+from toolkit.serving.adapters.open import open_source
+from toolkit.serving.adapters.pool import AdapterInfo, AdapterPool, check_name
+from toolkit.serving.adapters.target import Target
+from toolkit.serving.adapters.tuned import SharedTensors
 from toolkit.serving.attention import NAME
-from toolkit.serving.layers import BatchAdapters, unwrap_all
+from toolkit.serving.loading import load, set_attention
 from toolkit.serving.logprobs import answer_logprobs
+from toolkit.serving.memory import Memory, page_elements
+from toolkit.serving.mix import AUTO, BASE, Mix, parse_model
 from toolkit.serving.pages import PagePool
+from toolkit.serving.preemption import SwapSpace
+from toolkit.serving.prefix import PrefixCache
 from toolkit.serving.prompts import Prompt, encode_prompt
 from toolkit.serving.request import Delta, FinishReason, Request, Sampling, TokenLogprob
 from toolkit.serving.runner import Runner
 from toolkit.serving.sampling import Sampler
 from toolkit.serving.scheduler import Scheduler
+from toolkit.serving.sites import BatchAdapters, remove_sites
 from toolkit.serving.spec import Limits
 from toolkit.serving.text import TextStream
+from toolkit.serving.ticket import Answer, Ticket
 
-BASE, AUTO = "base", "auto"
+LOAD_SECONDS = 0.02
+"""How long a step waits for an adapter when there is nothing else to do."""
 
 T = TypeVar("T")
 log = logging.getLogger("toolkit.serving")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished request.
-
-    Attributes:
-        text: the answer.
-        tokens: its ids.
-        model: what gave it: `base` or an adapter.
-        finish_reason: why it ended.
-        prompt_tokens: length of the prompt.
-        choice: what the router chose, where it was asked.
-        logprobs: of the answer's tokens, where the sampling asks for them.
-        prompt_logprobs: of the prompt's tokens but the first, likewise.
-    """
-
-    text: str
-    tokens: list[int]
-    model: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    choice: Choice | None = None
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-
-
-@dataclass
-class Ticket:
-    """A request as its submitter sees it.
-
-    Attributes:
-        request: the engine's own.
-        model: `base` or an adapter; `auto` until the router has chosen.
-        user_text: what the router looks at.
-        choice: what it chose.
-    """
-
-    request: Request
-    model: str
-    user_text: str
-    stream: TextStream
-    choice: Choice | None = None
-    on_choice: Callable[[Choice], None] | None = field(default=None, repr=False)
-
-    def answer(self) -> Answer:
-        """Return the finished answer.
-
-        Raises:
-            RequestError: there is none, for the request ended with an error.
-        """
-        request = self.request
-        assert request.finished is not None
-        if request.finished == "error":
-            raise RequestError(request.error)
-        return Answer(
-            request.text,
-            request.output,
-            self.model,
-            request.finished,
-            len(request.prompt),
-            self.choice,
-            request.logprobs,
-            request.prompt_logprobs,
-        )
 
 
 class Engine:
@@ -116,7 +59,7 @@ class Engine:
     Args:
         model: a folder, a hub id, `toolkit:base`, or a pair `(model, tokenizer)`; the latter is put back as it was
             by `close`.
-        adapters: PEFT LoRA folders by name.
+        adapters: folders of adapters, full fine-tunes or compressed deltas by name.
         router: a saved router, or one in memory; it is asked for the model `auto`.
         limits: sizes of the batch and of the cache.
         device: `auto`, `cpu`, `cuda`, ...; a model that comes as an object stays where it is.
@@ -142,37 +85,59 @@ class Engine:
         trust_remote_code: bool = False,
     ) -> None:
         limits = limits or Limits()
-        loaded = _load(model, device, dtype, trust_remote_code)
+        loaded = load(model, device, dtype, trust_remote_code)
         self.source, self.model, self.tokenizer = loaded.source, loaded.model, loaded.tokenizer
         self._attention_before = str(self.model.config._attn_implementation)
         self._training_before = [module for module in self.model.modules() if module.training]
         try:
-            self._set_up(limits, impl)
-            for name, source in (adapters or {}).items():
-                self.add_adapter(name, source)
+            self._set_up(limits, impl, adapters or {})
             if router is not None:
                 self.set_router(router)
         except BaseException:
             self.close()
             raise
 
-    def _set_up(self, limits: Limits, impl: Impl | None) -> None:
+    def _set_up(self, limits: Limits, impl: Impl | None, adapters: Mapping[str, str | Path]) -> None:
         self.model.eval()
         if self._attention_before != NAME:
-            _set_attention(self.model, NAME)
+            set_attention(self.model, NAME)
         self.max_model_len = self._longest(limits)
         self.default_max_tokens = limits.default_max_tokens
-        pool = PagePool(limits.num_pages(self.max_model_len), limits.page_size)
+        self.runner = Runner(self.model, limits.page_size, impl)
+        target, shared = Target.of(self.model, self.runner.observed), SharedTensors()
+        for name in adapters:
+            check_name(name)
+        opened = {name: open_source(source, target, shared) for name, source in adapters.items()}
+        pages = limits.num_pages(self.max_model_len)
+        if limits.cache_tokens is None:
+            pages += self._pages_for([source.nbytes for source in opened.values()], limits)
+        pool = PagePool(pages, limits.page_size)
+        memory = Memory(self.runner.observed.heads, pages, limits.page_size, self.model.dtype, self.model.device)
         batch = BatchAdapters(impl=impl)
-        self.runner = Runner(self.model, pool, batch, impl)
-        self.scheduler = Scheduler(pool, limits.max_batch_tokens, limits.max_requests)
-        self.adapters = AdapterPool(self.model, batch)
+        self.adapters = AdapterPool(target, memory, pool, batch, limits.host_bytes(self.model.device.type), shared)
+        for name, source in opened.items():
+            self.adapters.add(name, adapters[name], source)
+        self.runner.begin(memory, self.adapters)
+        self.scheduler = Scheduler(
+            pool,
+            limits.max_batch_tokens,
+            limits.max_requests,
+            adapters=self.adapters,
+            prefixes=PrefixCache(pool) if limits.prefix_cache else None,
+            swap=SwapSpace(memory, limits.swap_bytes // memory.page_bytes) if limits.swap_bytes else None,
+        )
         self.sampler = Sampler()
         self.router: Router | None = None
         self.decisions: Counter[str] = Counter()
         self._tickets: dict[Request, Ticket] = {}
         self._unrouted: list[Ticket] = []
         self._ids = itertools.count(1)
+
+    def _pages_for(self, adapters: Sequence[int], limits: Limits) -> int:
+        """Return the pages of as many adapters as a batch can have, the largest ones."""
+        page = page_elements(self.runner.observed.heads, limits.page_size)[0] * self.model.dtype.itemsize
+        most = sorted(adapters, reverse=True)[: limits.max_requests]
+        return sum(-(-nbytes // page) + 1 for nbytes in most)
 
     def _longest(self, limits: Limits) -> int:
         known = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -186,9 +151,29 @@ class Engine:
         """Names that a request can ask for."""
         return [BASE, *self.adapters.infos, *([AUTO] if self.router else [])]
 
-    def add_adapter(self, name: str, source: str | Path) -> AdapterInfo:
-        """Load an adapter under a name; see `AdapterPool.add`."""
-        return self.adapters.add(name, source)
+    def open_adapter(self, source: str | Path) -> Source:
+        """Open an adapter and check that it fits the model; any thread may, since nothing of the engine changes.
+
+        Raises:
+            MissingError: nothing there.
+            CheckpointError: broken, or made for another base.
+            UnsupportedError: a kind that cannot be served.
+        """
+        return open_source(source, self.adapters.target, self.adapters.shared)
+
+    def add_adapter(self, name: str, source: str | Path, opened: Source | None = None) -> AdapterInfo:
+        """Register an adapter under a name; see `AdapterPool.add`."""
+        return self.adapters.add(name, source, opened)
+
+    def preload(self, model: str) -> None:
+        """Put the adapters of a model on the device before a request asks for them; they may have to go again.
+
+        Raises:
+            RequestError: unknown, unreadable, or more than there is room for just now.
+        """
+        mix = self.adapters.mix(parse_model(model))
+        self._hold_now(mix)
+        self._let_go(mix)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; requests under way finish with it."""
@@ -226,38 +211,55 @@ class Engine:
         *,
         on_delta: Callable[[Delta], None] | None = None,
         on_choice: Callable[[Choice], None] | None = None,
+        key: str = "",
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> Ticket:
         """Queue a request.
 
         Args:
             prompt: a text, token ids, or chat messages.
-            model: `base`, an adapter's name, or `auto`.
+            model: `base`, an adapter's name, a composition such as `a:0.6+b:0.4`, or `auto`.
             sampling: how tokens are chosen.
             on_delta: called from `step` when something is added.
             on_choice: called from `step` when the router has chosen.
+            key: who asks; those who were given least go first.
+            priority: lower ones go before all others.
+            timeout: seconds after which the request ends with an error.
 
         Raises:
             RequestError: unknown model, empty or over-long prompt, or more than the cache could ever hold.
         """
-        if model not in self.models:
+        if model == AUTO and self.router is None:
             raise RequestError(f"no model {model!r} (served: {', '.join(self.models)})", "model_not_found")
+        mix = Mix() if model == AUTO else self.adapters.mix(parse_model(model))
         sampling = sampling or Sampling()
         ids, text = encode_prompt(self.tokenizer, prompt, self.runner.vocabulary)
         if not ids:
             raise RequestError("the prompt is empty")
-        limit = self._default_limit(len(ids)) if sampling.max_tokens is None else sampling.max_tokens
-        if len(ids) + limit > self.max_model_len:
+        virtual = self.adapters.num_virtual(mix)
+        limit = self._default_limit(virtual + len(ids)) if sampling.max_tokens is None else sampling.max_tokens
+        if virtual + len(ids) + limit > self.max_model_len:
+            before = f"{virtual} tokens of the adapter, " if virtual else ""
             raise RequestError(
-                f"{len(ids)} prompt tokens and {limit} to generate are more than the"
+                f"{before}{len(ids)} prompt tokens and {limit} to generate are more than the"
                 f" {self.max_model_len} tokens that the model takes",
                 "context_length_exceeded",
             )
         self._check_bias(sampling)
-        sampling = replace(sampling, max_tokens=limit)
-        request = Request(f"r{next(self._ids)}", ids, None, sampling, on_delta)
+        request = Request(
+            f"r{next(self._ids)}",
+            ids,
+            mix,
+            replace(sampling, max_tokens=limit),
+            on_delta,
+            key=key,
+            priority=priority,
+            deadline=None if timeout is None else time.monotonic() + timeout,
+            num_virtual=virtual,
+        )
         self.scheduler.check_fits(request)
-        stream = TextStream(self.tokenizer, sampling.stop, ids)
-        ticket = Ticket(request, model, text, stream, on_choice=on_choice)
+        ticket = Ticket(request, model, text, TextStream(self.tokenizer, sampling.stop, ids), on_choice=on_choice)
         if model == AUTO:
             self._unrouted.append(ticket)
         else:
@@ -276,9 +278,9 @@ class Engine:
         return max(1, min(self.default_max_tokens, room))
 
     def _queue(self, ticket: Ticket) -> None:
-        if ticket.model != BASE:
-            ticket.request.adapter = self.adapters.acquire(ticket.model)
         self.scheduler.add(ticket.request)
+        self.adapters.acquire(ticket.request.mix)
+        self.adapters.prepare(ticket.request.mix)  # so that its adapters come while it waits
 
     def cancel(self, ticket: Ticket) -> None:
         """End a request and free its pages at once."""
@@ -316,11 +318,15 @@ class Engine:
 
     def step(self) -> bool:
         """Route what waits for it, compute one batch and add one token to every answer that is due."""
+        self._expire()
         self._route()
         work = self.scheduler.schedule()
+        self._fail_unreadable()
         if not work:
+            self.adapters.loader.wait(LOAD_SECONDS)
             return self.has_work
         complete, logits = self.runner.run(work)
+        self.scheduler.computed(work)
         requests = [w.request for w in complete]
         tokens = self.sampler.sample(requests, logits)
         scores = answer_logprobs(requests, logits, tokens)
@@ -335,6 +341,22 @@ class Engine:
             else:
                 self._advance(ticket, token, score)
         return self.has_work
+
+    def _expire(self) -> None:
+        """End the requests whose time is over."""
+        now = time.monotonic()
+        over = [t for t in self._tickets.values() if t.request.deadline is not None and t.request.deadline <= now]
+        for ticket in over:
+            if ticket in self._unrouted:
+                self._unrouted.remove(ticket)
+            self._end(ticket, "error", "the time that the request allowed is over")
+
+    def _fail_unreadable(self) -> None:
+        """End the requests whose adapters could not be read."""
+        while self.adapters.loader.failures:
+            key, reason = self.adapters.loader.failures.popitem()
+            for ticket in [t for t in self._tickets.values() if key in t.request.mix.keys]:
+                self._end(ticket, "error", reason)
 
     def _route(self) -> None:
         if not self._unrouted or self.router is None:
@@ -354,10 +376,17 @@ class Engine:
             self._tell(ticket, ticket.on_choice, choice)
             if ticket.request.finished is not None:
                 continue
-            if choice.expert != BASE and choice.expert not in self.adapters.infos:
-                self._end(ticket, "error", f"the router chose {choice.expert}, which was removed")
-            else:
-                self._queue(ticket)
+            self._queue_chosen(ticket)
+
+    def _queue_chosen(self, ticket: Ticket) -> None:
+        request = ticket.request
+        try:
+            request.mix = self.adapters.mix(parse_model(ticket.model))
+            request.num_virtual = self.adapters.num_virtual(request.mix)
+            self._queue(ticket)
+        except RequestError as error:
+            request.mix = Mix()
+            self._end(ticket, "error", f"the router chose {ticket.model}, which cannot answer: {error}")
 
     def _advance(self, ticket: Ticket, token: int, score: TokenLogprob | None) -> None:
         request, sampling = ticket.request, ticket.request.sampling
@@ -407,16 +436,11 @@ class Engine:
         if reason in ("stop", "length") and not ticket.stream.stopped:
             new += ticket.stream.finish(request.output)
         request.text, request.finished, request.error = ticket.stream.text, reason, error
-        self.scheduler.finish(request)
-        self._release(request)
+        if self.scheduler.finish(request):
+            self.adapters.abandon(request.mix)
         self.sampler.forget(request)
         self._tickets.pop(request, None)
         self._tell(ticket, request.on_delta, Delta(new, len(request.output), reason, error, score))
-
-    def _release(self, request: Request) -> None:
-        if request.adapter is not None:
-            self.adapters.release(request.adapter)
-            request.adapter = None
 
     def generate(
         self,
@@ -456,21 +480,48 @@ class Engine:
         Raises:
             RequestError: no such adapter.
         """
-        if name not in (BASE, *self.adapters.infos):
-            raise RequestError(f"no model {name!r}", "model_not_found")
-        every_row = [] if name == BASE else [Segment(0, sys.maxsize, self.adapters.infos[name].key)]
-        with self.adapters.batch.active(every_row, every_row):
-            yield self.model
+        mix = self.adapters.mix(parse_model(name))
+        if self.adapters.num_virtual(mix):
+            raise RequestError(f"{name!r} comes before the prompt, so it has no forward pass of its own")
+        self._hold_now(mix)
+        try:
+            with self.adapters.batch.on_every_row(self.adapters.rows([(mix, 1)])):
+                yield self.model
+        finally:
+            self._let_go(mix)
+
+    def _let_go(self, mix: Mix) -> None:
+        self.adapters.release(mix)
+        self.adapters.abandon(mix)
+
+    def _hold_now(self, mix: Mix) -> None:
+        """Put adapters on the device, waiting until they have been read."""
+        self.adapters.acquire(mix)
+        try:
+            while not self.adapters.prepare(mix):
+                failed = [key for key in mix.keys if key in self.adapters.loader.failures]
+                if failed:
+                    raise RequestError(self.adapters.loader.failures.pop(failed[0]))
+                self.adapters.loader.wait(LOAD_SECONDS)
+            if self.adapters.pages_to_hold(mix) > self.scheduler.pool.num_free:
+                raise RequestError("the cache has no room for the adapter just now")
+            self.adapters.hold(mix)
+        except BaseException:
+            self.adapters.abandon(mix)
+            raise
 
     def check(self) -> None:
         """Verify the engine's books."""
         self.scheduler.check()
+        self.adapters.check()
 
     def close(self) -> None:
         """Give a model that came as an object back as it was."""
-        unwrap_all(self.model)
+        if hasattr(self, "adapters"):
+            self.adapters.close()
+        remove_sites(self.model)
         if self._attention_before != NAME:
-            _set_attention(self.model, self._attention_before)
+            set_attention(self.model, self._attention_before)
         for module in self._training_before:
             module.training = True
 
@@ -479,32 +530,3 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-def _load(model: Any, device: str, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
-    """Load what is served; of a model that came as an object, check that it is as it is asked for."""
-    form = by_torch_name(dtype) if dtype else None
-    if form and not form.floating:
-        raise UnsupportedError(f"dtype {dtype!r} is not one that a model can run in; use bfloat16, float16 or float32")
-    wanted = getattr(torch, form.torch) if form else None
-    place = pick_device(device)
-    if isinstance(model, tuple | LoadedModel):
-        loaded = load_model(model)
-        own = loaded.model.device
-        if device != "auto" and (place.type != own.type or place.index not in (None, own.index)):
-            raise UnsupportedError(f"the model is on {own}, not on {device}; move it first, or leave device out")
-        if wanted not in (None, loaded.model.dtype):
-            raise UnsupportedError(
-                f"the model is in {loaded.model.dtype}, not in {wanted}; convert it first, or leave dtype out"
-            )
-        return loaded
-    return load_model(model, device=place, dtype=wanted, attention=NAME, trust_remote_code=trust_remote_code)
-
-
-def _set_attention(model: PreTrainedModel, name: str) -> None:
-    """Change a model's attention; whether it could, the runner sees."""
-    with quiet_transformers():
-        try:
-            model.set_attn_implementation(name)
-        except ValueError as error:
-            raise UnsupportedError(f"{type(model).__name__} cannot take another attention ({error})") from None

@@ -1,12 +1,36 @@
-"""The pool of pages that keys and values live in: who owns which. Plain integers, no tensors."""
+"""The pages that keys, values and adapters live in: who holds which. Plain integers, no tensors.
+
+Pages are held in blocks: one page of a sequence's tokens, or all pages of an adapter. A block has as many holders as
+sequences use it. When the last one lets go, its pages are free, or, where the content may be wanted again, *idle*: they
+stay as they are until somebody needs the room, and go the longest unused first. So prompts that may come again and
+adapters that nobody uses just now share what is left of one pool (Sheng et al., "S-LoRA: Serving Thousands of
+Concurrent LoRA Adapters", 2023, arXiv:2311.03285, has keys, values and adapters in one pool).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(eq=False)
+class Block:
+    """Pages that come and go together.
+
+    Attributes:
+        pages: in order.
+        holders: that use it.
+        on_evict: called when an idle block's pages are given to somebody else; without it the block is never idle.
+    """
+
+    pages: list[int]
+    holders: int = 1
+    on_evict: Callable[[], None] | None = None
 
 
 class PagePool:
-    """Pages `0..num_pages-1`, each free or owned by one sequence.
+    """Pages `0..num_pages-1`, each free or in one block.
 
     Args:
         num_pages: in the pool.
@@ -16,12 +40,19 @@ class PagePool:
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages, self.page_size = num_pages, page_size
         self._free = list(reversed(range(num_pages)))
-        self._owned: dict[Hashable, list[int]] = {}
+        self._idle: OrderedDict[Block, None] = OrderedDict()
+        self._idle_pages = 0
+        self._held: set[Block] = set()
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody owns."""
-        return len(self._free)
+        """Pages that can be allocated: free or idle."""
+        return len(self._free) + self._idle_pages
+
+    @property
+    def num_idle(self) -> int:
+        """Pages that nobody holds but whose content is kept while there is room."""
+        return self._idle_pages
 
     @property
     def capacity(self) -> int:
@@ -32,26 +63,60 @@ class PagePool:
         """Return how many pages a sequence of that many tokens takes."""
         return -(-num_tokens // self.page_size)
 
-    def can_allocate(self, num_tokens: int) -> bool:
-        """Tell whether a sequence of that many tokens fits."""
-        return self.pages_for(num_tokens) <= len(self._free)
+    def allocate(self, count: int) -> Block:
+        """Give out a block, evicting what was idle the longest as far as that is needed.
 
-    def allocate(self, owner: Hashable, num_tokens: int) -> list[int]:
-        """Give a new owner the pages for a number of tokens, in the order of its block table."""
-        assert owner not in self._owned, f"{owner} owns pages already"
-        assert self.can_allocate(num_tokens), "the caller asks can_allocate first"
-        self._owned[owner] = [self._free.pop() for _ in range(self.pages_for(num_tokens))]
-        return self._owned[owner]
+        Raises:
+            AssertionError: there are not that many pages; the caller asks `num_free` first.
+        """
+        assert count <= self.num_free, "the caller asks num_free first"
+        while len(self._free) < count:
+            self._evict()
+        block = Block([self._free.pop() for _ in range(count)])
+        self._held.add(block)
+        return block
 
-    def table(self, owner: Hashable) -> list[int]:
-        """Return the pages of an owner."""
-        return self._owned[owner]
+    def _evict(self) -> None:
+        block, _ = self._idle.popitem(last=False)
+        self._idle_pages -= len(block.pages)
+        self._free.extend(reversed(block.pages))
+        assert block.on_evict is not None
+        block.on_evict()
 
-    def free(self, owner: Hashable) -> None:
-        """Take back all pages of an owner; one without pages is fine."""
-        self._free.extend(reversed(self._owned.pop(owner, [])))
+    def hold(self, block: Block) -> None:
+        """Add a holder to a block, idle or held."""
+        if block in self._idle:
+            del self._idle[block]
+            self._idle_pages -= len(block.pages)
+            self._held.add(block)
+        assert block in self._held, "the block was evicted"
+        block.holders += 1
+
+    def release(self, block: Block) -> None:
+        """Take a holder away; the last one leaves the pages idle or free."""
+        block.holders -= 1
+        if block.holders:
+            return
+        self._held.remove(block)
+        if block.on_evict is None:
+            self._free.extend(reversed(block.pages))
+        else:
+            self._idle[block] = None
+            self._idle_pages += len(block.pages)
+
+    def forget(self, block: Block) -> None:
+        """Let a block's content go: its pages are free as soon as nobody holds it."""
+        block.on_evict = None
+        if block in self._idle:
+            del self._idle[block]
+            self._idle_pages -= len(block.pages)
+            self._free.extend(reversed(block.pages))
 
     def check(self) -> None:
-        """Verify that every page is free or owned, once."""
-        pages = [*self._free, *(page for table in self._owned.values() for page in table)]
-        assert sorted(pages) == list(range(self.num_pages)), "a page is lost, or has two owners"
+        """Verify that every page is free or in one block, and that held blocks have holders and idle ones none."""
+        blocks = [*self._idle, *self._held]
+        pages = [*self._free, *(page for block in blocks for page in block.pages)]
+        assert sorted(pages) == list(range(self.num_pages)), "a page is lost, or is in two blocks"
+        assert all(block.holders > 0 for block in self._held), "a block is held by nobody"
+        assert all(block.holders == 0 and block.on_evict for block in self._idle), "an idle block has a holder"
+        assert self._idle_pages == sum(len(block.pages) for block in self._idle)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from toolkit.errors import RequestError
+from toolkit.serving.mix import Mix
+from toolkit.serving.pages import Block
 
 SEEDS = (-(2**63), 2**64 - 1)
 """Smallest and largest seed that torch's generators take."""
@@ -149,11 +151,19 @@ class Request:
     Attributes:
         id: unique in the engine.
         prompt: token ids.
-        adapter: key of the adapter in the engine's pool, or `None` for the base.
+        mix: adapters that it is answered by.
         sampling: how tokens are chosen.
         on_delta: called in the engine's thread after each step that adds something.
+        key: who asks, for fairness between them; the empty text where nobody says.
+        priority: lower ones go first, and may put running requests of higher ones back into the queue.
+        deadline: on `time.monotonic`'s clock, after which the request ends with an error.
+        num_virtual: tokens that the adapters put before the prompt.
         output: ids generated so far.
         num_computed: leading tokens whose keys and values are in the pool.
+        num_cached: of those, tokens that were there when the request last started.
+        blocks: that hold them, one page each.
+        page_keys: of its first pages in the prefix cache.
+        num_preemptions: times that it was put back into the queue.
         text: answer so far.
         finished: why it ended.
         error: what went wrong, when `finished` is `error`.
@@ -163,11 +173,19 @@ class Request:
 
     id: str
     prompt: list[int]
-    adapter: str | None = None
+    mix: Mix = Mix()
     sampling: Sampling = Sampling()
     on_delta: Callable[[Delta], None] | None = None
+    key: str = ""
+    priority: int = 0
+    deadline: float | None = None
+    num_virtual: int = 0
     output: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_cached: int = 0
+    blocks: list[Block] = field(default_factory=list)
+    page_keys: list[bytes] = field(default_factory=list)
+    num_preemptions: int = 0
     text: str = ""
     finished: FinishReason | None = None
     error: str = ""
@@ -195,3 +213,8 @@ class Request:
         """Tokens that prompt and answer can come to."""
         assert self.sampling.max_tokens is not None, "the engine fills it in"
         return len(self.prompt) + self.sampling.max_tokens
+
+    @property
+    def pages(self) -> list[int]:
+        """Its block table."""
+        return [block.pages[0] for block in self.blocks]

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from toolkit.errors import UnsupportedError
-from toolkit.kernels.grouped_lora import Segment
 from toolkit.kernels.impl import Impl
-from toolkit.kernels.paging import PagedBatch
-from toolkit.serving.attention import NAME, KVCache, PagedStep
-from toolkit.serving.layers import BatchAdapters
+from toolkit.kernels.paging import PagedBatch, store
+from toolkit.serving.adapters.pool import AdapterPool
+from toolkit.serving.attention import NAME, PagedStep
 from toolkit.serving.logprobs import note_prompt
-from toolkit.serving.pages import PagePool
+from toolkit.serving.memory import Memory
+from toolkit.serving.observe import observing
+from toolkit.serving.pages import Block
 from toolkit.serving.request import Request
 from toolkit.serving.scheduler import Work
 
 LONGEST_PROBE = 64
 """Most tokens of the prompt that a model is tried with."""
+
+PROBED = 2
+"""Last tokens of it whose logits are compared."""
 
 EXACT, ROUNDED = 1e-3, 5e-2
 """How far paged and ordinary logits may be apart, as a share of their spread: with 32 bits or more, with fewer."""
@@ -33,32 +38,42 @@ class Runner:
 
     Args:
         model: loaded with the attention implementation of the toolkit.
-        pool: pages of the requests.
-        batch: where the model's layers look for the step's adapters.
         impl: form of the operations, `None` for the device's own.
 
     Attributes:
-        cache: keys and values of all layers.
+        observed: what an ordinary forward pass showed of the model.
         vocabulary: rows of the input embedding, below which every id must be.
 
     Raises:
-        UnsupportedError: the model's attention does not go through transformers' interface, or does what paged
-            attention does not.
+        UnsupportedError: the model's attention does not go through transformers' interface.
     """
 
-    def __init__(self, model: PreTrainedModel, pool: PagePool, batch: BatchAdapters, impl: Impl | None = None) -> None:
-        self.model, self.pool, self.batch = model, pool, batch
+    memory: Memory
+    adapters: AdapterPool
+
+    def __init__(self, model: PreTrainedModel, page_size: int, impl: Impl | None = None) -> None:
+        self.model, self.page_size = model, page_size
         self.impl: Impl | None = impl
-        self.cache = KVCache(pool.num_pages, pool.page_size)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
-        self._probe()
+        self._check_config()
+        self._ids = self._probe_ids()
+        with observing(model, len(self._ids), PROBED) as self.observed, self._named_errors():
+            self._plain = self._plain_logits(self._ids)
+        self._check_layers()
 
-    def _probe(self) -> None:
-        """Answer a prompt as the engine does and as the model does by itself: the logits must be the same.
+    def begin(self, memory: Memory, adapters: AdapterPool) -> None:
+        """Take the memory and the adapters, and answer a prompt as the engine does: it must be the model's own answer.
 
-        This allocates the cache of every layer as well.
+        Raises:
+            UnsupportedError: the model does what paged attention does not.
         """
+        self.memory, self.adapters = memory, adapters
+        with self._named_errors():
+            paged = self._paged_logits(self._ids)
+        self._compare(paged, self._plain)
+
+    def _check_config(self) -> None:
         kind, config = type(self.model).__name__, self.model.config.get_text_config()
         if getattr(self.model.config, "_attn_implementation", None) != NAME:
             raise UnsupportedError(f"{kind} cannot take another attention, so it cannot be served")
@@ -67,22 +82,26 @@ class Runner:
                 f"{kind} attends in chunks of {config.attention_chunk_size} tokens (attention_chunk_size), which paged"
                 " attention does not know, so it cannot be served"
             )
-        ids = self._probe_ids()
+
+    def _check_layers(self) -> None:
+        kind, wanted = type(self.model).__name__, self.model.config.get_text_config().num_hidden_layers
+        if len(self.observed.heads) != wanted:
+            raise UnsupportedError(
+                f"{kind}: {len(self.observed.heads)} of {wanted} layers attend through transformers'"
+                " attention interface, so it cannot be served"
+            )
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Say of any error inside the block that the model cannot be served."""
+        kind = type(self.model).__name__
         try:
-            paged = self._paged_logits(ids)
-            plain = self._plain_logits(ids)
+            yield
         except UnsupportedError as error:
             raise UnsupportedError(f"{error}, so {kind} cannot be served") from None
         except Exception as error:  # whatever a model's own code raises
             reason = " ".join(str(error).split())[:200]
             raise UnsupportedError(f"{kind} cannot be served: {type(error).__name__}: {reason}") from error
-        wanted = config.num_hidden_layers
-        if len(self.cache.keys) != wanted:
-            raise UnsupportedError(
-                f"{kind}: {len(self.cache.keys)} of {wanted} layers attend through transformers'"
-                " attention interface, so it cannot be served"
-            )
-        self._compare(paged, plain)
 
     def _probe_ids(self) -> list[int]:
         """Return ids that fill more than a page and more than the window twice, as far as that stays cheap.
@@ -91,14 +110,16 @@ class Runner:
         """
         config = self.model.config.get_text_config()
         window, most = (getattr(config, n, None) for n in ("sliding_window", "max_position_embeddings"))
-        spans = [self.pool.page_size, *([window] if isinstance(window, int) else [])]
-        length = min(2 * max(spans) + 3, LONGEST_PROBE, most or LONGEST_PROBE, self.pool.capacity)
+        spans = [self.page_size, *([window] if isinstance(window, int) else [])]
+        length = min(2 * max(spans) + 3, LONGEST_PROBE, most or LONGEST_PROBE)
         return [(31 + 97 * i) % self.vocabulary for i in range(length)]
 
     def _paged_logits(self, ids: list[int]) -> torch.Tensor:
         """Return `[2, V]`, what follows the last two ids: a prompt in two chunks, then a token of the answer."""
         request = Request("probe", ids[:-1])
-        self.pool.allocate(request, len(ids))
+        pages = -(-len(ids) // self.page_size)
+        memory, self.memory = self.memory, Memory.like(self.memory, pages)  # the engine's may be smaller
+        request.blocks = [Block([page]) for page in reversed(range(pages))]
         try:
             half = len(request.prompt) // 2
             if half:
@@ -107,14 +128,16 @@ class Runner:
             request.output.append(ids[-1])
             _, after_answer = self.run([Work(request, 1)])
         finally:
-            self.pool.free(request)
+            self.memory = memory
         return torch.cat([after_prompt, after_answer])
 
     def _plain_logits(self, ids: list[int]) -> torch.Tensor:
-        extra = {"logits_to_keep": 2} if self._keeps_logits else {}
+        extra: dict[str, Any] = {"logits_to_keep": PROBED} if self._keeps_logits else {}
+        if getattr(self, "observed", None):
+            extra["observed"] = self.observed
         with torch.inference_mode():
             output = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False, **extra)
-        return output.logits[0, -2:].float()
+        return output.logits[0, -PROBED:].float()
 
     def _compare(self, paged: torch.Tensor, plain: torch.Tensor) -> None:
         kind = type(self.model).__name__
@@ -138,14 +161,15 @@ class Runner:
         """
         # Single tokens first, for they attend in one batched product; each part ordered by adapter, so that the
         # rows of an adapter lie together.
-        ordered = sorted(step, key=lambda w: (w.count > 1, w.request.adapter or ""))
+        ordered = sorted(step, key=lambda w: (w.count > 1, w.request.mix.identity))
         tokens, positions = _tokens(ordered), _positions(ordered)
         ends = list(accumulate(work.count for work in ordered))
         kept = [_kept(work) for work in ordered]
         head_rows = [end - work.count + at for work, end, own in zip(ordered, ends, kept, strict=True) for at in own]
-        rows = _segments([(work.request.adapter, work.count) for work in ordered])
-        head = _segments([(work.request.adapter, len(own)) for work, own in zip(ordered, kept, strict=True) if own])
-        with torch.inference_mode(), self.batch.active(rows, head):
+        rows = self.adapters.rows([(work.request.mix, work.count) for work in ordered])
+        kept_rows = [(work.request.mix, len(own)) for work, own in zip(ordered, kept, strict=True) if own]
+        self._write_prefixes(ordered)
+        with torch.inference_mode(), self.adapters.batch.active(rows, self.adapters.rows(kept_rows)):
             logits = self._forward(tokens, positions, self._paged(ordered, ends), head_rows)
         last_rows = _note_prompts(ordered, kept, logits)
         for work in ordered:
@@ -163,22 +187,21 @@ class Runner:
             # transformers returns a mask of four dimensions as it is, so none is built; ours needs none.
             attention_mask=torch.zeros(1, 1, 1, 1, device=device),
             use_cache=False,
-            paged=PagedStep(self.cache, batch, self.impl),
+            paged=PagedStep(self.memory, batch, self.impl),
             **extra,
         )
         logits = output.logits[0] if self._keeps_logits else output.logits[0, rows]
         return logits.float()
 
     def _paged(self, ordered: Sequence[Work], ends: Sequence[int]) -> PagedBatch:
-        page = self.pool.page_size
         device = self.model.device
-        lengths = [work.request.num_computed + work.count for work in ordered]
-        width = -(-max(lengths) // page)
+        lengths = [work.request.num_virtual + work.request.num_computed + work.count for work in ordered]
+        width = -(-max(lengths) // self.page_size)
         tables, slots = [], []
         for work, length in zip(ordered, lengths, strict=True):
-            table = self.pool.table(work.request)
-            tables.append((table + [0] * width)[:width])
-            slots += [table[t // page] * page + t % page for t in range(length - work.count, length)]
+            pages = work.request.pages
+            tables.append((pages + [0] * width)[:width])
+            slots += self._slots(pages, length - work.count, length)
         return PagedBatch(
             starts=[0, *ends],
             lengths=lengths,
@@ -186,6 +209,21 @@ class Runner:
             slots=torch.tensor(slots, device=device),
             num_decodes=sum(work.count == 1 for work in ordered),
         )
+
+    def _slots(self, pages: Sequence[int], start: int, stop: int) -> list[int]:
+        size = self.page_size
+        return [pages[token // size] * size + token % size for token in range(start, stop)]
+
+    def _write_prefixes(self, ordered: Sequence[Work]) -> None:
+        """Store the keys and values that come before a prompt that begins."""
+        for request in (work.request for work in ordered if work.request.num_virtual):
+            prefix = self.adapters.prefix(request.mix)
+            if request.num_computed or prefix is None:
+                continue
+            slots = torch.tensor(self._slots(request.pages, 0, prefix.length), device=self.model.device)
+            for index, layer in enumerate(self.memory.keys):
+                store(self.memory.keys[layer], slots, prefix.keys[index])
+                store(self.memory.values[layer], slots, prefix.values[index])
 
 
 def _kept(work: Work) -> list[int]:
@@ -221,18 +259,5 @@ def _tokens(ordered: Sequence[Work]) -> list[int]:
 
 
 def _positions(ordered: Sequence[Work]) -> list[int]:
-    return [p for w in ordered for p in range(w.request.num_computed, w.request.num_computed + w.count)]
-
-
-def _segments(rows: Sequence[tuple[str | None, int]]) -> list[Segment]:
-    """Join neighbouring rows of the same adapter; rows without one are in no segment."""
-    found: list[Segment] = []
-    start = 0
-    for adapter, count in rows:
-        stop = start + count
-        if found and found[-1].adapter == adapter and found[-1].stop == start:
-            found[-1] = Segment(found[-1].start, stop, found[-1].adapter)
-        elif adapter is not None:
-            found.append(Segment(start, stop, adapter))
-        start = stop
-    return found
+    starts = [(w.request.num_virtual + w.request.num_computed, w.count) for w in ordered]
+    return [position for start, count in starts for position in range(start, start + count)]

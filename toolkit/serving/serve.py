@@ -161,9 +161,11 @@ def _announce(engine: Engine, spec: ServeSpec, listener: socket.socket) -> None:
     address = _address(host, port)
     console = Console(stderr=True)
     console.print(adapters_table(engine))
-    cache, pool = engine.runner.cache, engine.scheduler.pool
-    tokens = pool.num_pages * pool.page_size
-    console.print(f"cache  {tokens:,} tokens in {pool.num_pages:,} pages, {human_bytes(cache.nbytes)}")
+    memory, pool = engine.runner.memory, engine.scheduler.pool
+    console.print(
+        f"cache  {pool.num_pages:,} pages of {pool.page_size} tokens or {human_bytes(memory.page_bytes)} of an adapter,"
+        f" {human_bytes(memory.nbytes)} in all"
+    )
     console.print(f"listening on http://{address}/v1 (stop with Ctrl-C)", highlight=False, markup=False)
     for warning in _warnings(engine, spec, host, address):
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)

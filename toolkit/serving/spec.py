@@ -25,11 +25,14 @@ class Limits(Spec):
         max_batch_tokens: tokens of a step.
         max_model_len: tokens of prompt and answer, at most and by default what the model takes.
         default_max_tokens: tokens of an answer for which a request names no limit, or less where the model or the
-            cache takes less. A request reserves the pages of its longest answer when it starts, so a large value
-            lets fewer requests run at once.
+            cache takes less.
         page_size: tokens of a page.
-        cache_tokens: tokens that the cache holds; by default the longest request `max_requests` times over, at
-            most 65,536.
+        cache_tokens: tokens that the cache holds; its pages hold the adapters in use too. By default the longest
+            request `max_requests` times over, at most 65,536, and the adapters that are there from the start.
+        prefix_cache: compute prompts that begin alike once.
+        host_adapters: bytes of adapters that are kept on the host of a GPU for their next use; on a CPU none are, for
+            the cache itself is there.
+        swap_bytes: of the host for what requests had computed that must make room; by default it is computed anew.
         max_waiting: answers that may wait for their turn, beyond the `max_requests` that run; a server refuses more.
         max_body: bytes of a request's body.
         requests_per_minute: that one API key may send; by default any number.
@@ -41,6 +44,9 @@ class Limits(Spec):
     default_max_tokens: Annotated[int, Field(ge=1)] = 1024
     page_size: Annotated[int, Field(ge=1)] = 16
     cache_tokens: Annotated[int, Field(ge=2)] | None = None
+    prefix_cache: bool = True
+    host_adapters: Size = 4_000_000_000
+    swap_bytes: Size | None = None
     max_waiting: Annotated[int, Field(ge=0)] = 1024
     max_body: Size = 16_000_000
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
@@ -50,6 +56,10 @@ class Limits(Spec):
         if self.max_batch_tokens < self.max_requests:
             raise ValueError("max_batch_tokens is below max_requests, so not every answer could go on in a step")
         return self
+
+    def host_bytes(self, device: str) -> int:
+        """Return the bytes of adapters that are kept on the host of a kind of device."""
+        return 0 if device == "cpu" else self.host_adapters
 
     def num_pages(self, longest: int) -> int:
         """Return the pages of the cache for requests of at most `longest` tokens."""
@@ -63,7 +73,7 @@ class ServeSpec(Spec):
 
     Attributes:
         model: the base: a folder, a hub id, or `toolkit:base`.
-        adapters: PEFT LoRA folders by the name under which they are served.
+        adapters: folders of adapters, full fine-tunes or compressed deltas by the name under which they are served.
         router: folder of a fitted router, for the model `auto`.
         limits: sizes of the batch and of the cache.
         host: to listen on.

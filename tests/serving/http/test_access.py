@@ -273,7 +273,8 @@ def test_metrics_count_what_was_served(base, loras):
         ("toolkit_pages",): engine.scheduler.pool.num_pages,
         ("toolkit_pages_free",): engine.scheduler.pool.num_pages,
         ("toolkit_adapters",): 2,
-        ("toolkit_adapter_bytes",): sum(info.nbytes for info in engine.adapters.infos.values()),
+        ("toolkit_adapters_resident",): 2,
+        ("toolkit_adapter_bytes",): engine.adapters.nbytes,
         ("toolkit_adapter_loads_total",): 2,
     }
     assert {key: found.get((key[0], *sorted(key[1:]))) for key in expected} == expected

@@ -90,7 +90,7 @@ def test_a_changed_folder_is_a_new_version_and_requests_under_way_keep_their_own
     chunks = [json.loads(line.removeprefix("data: ")) for line in events if line.startswith("data: {")]
     assert "".join(c["choices"][0]["text"] for c in chunks) == expected(engine, base, loras["plain"], 200)
     assert answer(http, "one") == expected(engine, base, loras["wide"])
-    assert set(engine.adapters._layers) == {engine.adapters.infos[n].key for n in ("one", "dora")}, (
+    assert set(engine.adapters._entries) == {engine.adapters.infos[n].key for n in ("one", "dora")}, (
         "the old one is gone"
     )
 
@@ -176,7 +176,11 @@ def test_folders_that_hold_no_adapter_that_can_be_served(http, root, base, loras
     tiny.save_lora(base, root / "prefix", seed=1)
     config = json.loads((root / "prefix" / "adapter_config.json").read_text())
     (root / "prefix" / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA9"}))
-    for path, message in (("empty", "no adapter_config.json"), ("pickled", "only pickled weights"), ("prefix", "IA9")):
+    for path, message in (
+        ("empty", "neither adapter_config.json nor weights"),
+        ("pickled", "only pickled weights"),
+        ("prefix", "IA9"),
+    ):
         response = http.post("/v1/adapters", json={"name": "x", "path": path})
         assert response.status_code == 400, response.text
         assert message in response.json()["error"]["message"]
@@ -207,7 +211,7 @@ def test_vllms_two_paths(http, engine, root, base, loras):
     shutil.copytree(loras["wide"], root / "one", dirs_exist_ok=True)
     assert http.post("/v1/load_lora_adapter", json=load | {"load_inplace": True}).status_code == 200
     assert answer(http, "new") == expected(engine, base, loras["wide"])
-    assert len(engine.adapters._layers) == 2, "the old version is gone at once, for nobody used it"
+    assert len(engine.adapters._entries) == 2, "the old version is gone at once, for nobody used it"
     response = http.post("/v1/unload_lora_adapter", json={"lora_name": "new"})
     assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'new' removed successfully.")
     assert http.post("/v1/unload_lora_adapter", json={"lora_name": "new"}).status_code == 404

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from toolkit.errors import RequestError, ToolkitError
-from toolkit.serving.adapter_pool import AdapterInfo
+from toolkit.serving.adapters.pool import AdapterInfo, check_name
 from toolkit.serving.http.errors import ApiError, of_request
 from toolkit.serving.http.fields import Body
 from toolkit.serving.http.roots import Roots
@@ -83,7 +83,10 @@ class Adapters:
         source = await asyncio.to_thread(self._source, name, path)
         before = self.infos.get(name)
         try:
-            info = await asyncio.wrap_future(self.loop.call(lambda engine: engine.add_adapter(name, source)))
+            check_name(name)
+            # Answers go on while its files are read.
+            opened = await asyncio.to_thread(self.loop.engine.open_adapter, source)
+            info = await asyncio.wrap_future(self.loop.call(lambda engine: engine.add_adapter(name, source, opened)))
         except RequestError as error:
             raise of_request(error) from None
         except ToolkitError as error:
@@ -124,6 +127,7 @@ def entry(info: AdapterInfo) -> dict[str, Any]:
         "description": info.description,
         "base": info.base,
         "bytes": info.nbytes,
+        "pages": info.pages,
     }
 
 

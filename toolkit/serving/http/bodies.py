@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from toolkit.serving.http.fields import Body, only, several
 from toolkit.serving.http.messages import Message, Tool, as_template_takes
+from toolkit.serving.mix import BASE, MOST_PARTS, MOST_WEIGHT, show_model
 from toolkit.serving.prompts import Chat, Prompt
 from toolkit.serving.request import MOST_BIAS, MOST_LOGPROBS, MOST_PENALTY, SEEDS, Sampling
 
@@ -30,10 +31,20 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[Any, only(False)] = None
 
 
+class Part(Body):
+    """An adapter of a composition."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[^+:]*$")]
+    weight: Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)] = 1.0
+
+
 class GenerateBody(Body):
     """What completions and chat completions share."""
 
     model: str
+    adapters: Annotated[list[Part], Field(max_length=MOST_PARTS)] = Field(default_factory=list)
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    timeout: Annotated[float, Field(gt=0, le=86400)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -70,6 +81,18 @@ class GenerateBody(Body):
     def prompts(self) -> list[Prompt]:
         """What is asked; each gets `n` answers."""
         raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _composed(self) -> Self:
+        if self.adapters and self.model != BASE:
+            message = "adapters are put on the base, so the model must be {base}, not {model}"
+            raise PydanticCustomError("adapters", message, {"base": BASE, "model": self.model})
+        return self
+
+    @property
+    def asked_model(self) -> str:
+        """What is to answer, in the form of one name."""
+        return show_model([(part.name, part.weight) for part in self.adapters]) if self.adapters else self.model
 
     def sampling(self, index: int) -> Sampling:
         """Return the engine's form of the sampling fields, for one of the `n` answers: each has a seed of its own."""

@@ -10,13 +10,14 @@ from typing import Any
 
 from toolkit.errors import RequestError
 from toolkit.routing.router import Choice
-from toolkit.serving.engine import Engine, Ticket
+from toolkit.serving.engine import Engine
 from toolkit.serving.http.bodies import GenerateBody
 from toolkit.serving.http.errors import ApiError, of_request
 from toolkit.serving.http.limits import Queue, QueueFullError
 from toolkit.serving.http.records import Record
 from toolkit.serving.loop import EngineLoop
 from toolkit.serving.request import Delta
+from toolkit.serving.ticket import Ticket
 
 Item = Delta | Choice
 
@@ -70,7 +71,17 @@ class Call:
         try:
             for index, (prompt, i) in enumerate(asked):
                 put = receiver(index)
-                tickets.append(engine.submit(prompt, body.model, body.sampling(i), on_delta=put, on_choice=put))
+                ticket = engine.submit(
+                    prompt,
+                    body.asked_model,
+                    body.sampling(i),
+                    on_delta=put,
+                    on_choice=put,
+                    key=self.record.key or "",
+                    priority=body.priority,
+                    timeout=body.timeout,
+                )
+                tickets.append(ticket)
         except BaseException:
             for ticket in tickets:
                 engine.cancel(ticket)

@@ -31,10 +31,10 @@ def generate_routes(loop: EngineLoop, queue: Queue, texts: TokenTexts) -> APIRou
 
     async def answer(body: GenerateBody, request: Request) -> Response:
         record: Record = request.state.record
-        record.model = body.model
+        record.model = body.asked_model
         call = Call(loop, queue, body, record)
         await call.submit()
-        writer = Writer(isinstance(body, ChatBody), body.model, record.id, len(body.prompts))
+        writer = Writer(isinstance(body, ChatBody), body.asked_model, record.id, len(body.prompts))
         answers = Answers(call, writer, texts)
         return _streamed(answers) if body.stream else await _whole(answers, request)
 

@@ -82,14 +82,24 @@ class _EngineState(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges of this moment."""
         engine = self.engine
-        pool, infos = engine.scheduler.pool, engine.adapters.infos
+        pool, adapters, prefixes = engine.scheduler.pool, engine.adapters, engine.scheduler.prefixes
         for name, text, value in (
             ("requests_running", "Answers that are being generated.", engine.num_running),
             ("requests_waiting", "Answers that wait for pages or for the router.", engine.num_waiting),
             ("pages", "Pages of the cache.", pool.num_pages),
-            ("pages_free", "Pages that no answer holds.", pool.num_free),
-            ("adapters", "Adapters that are loaded.", len(infos)),
-            ("adapter_bytes", "Bytes of their factors.", sum(info.nbytes for info in infos.values())),
+            ("pages_free", "Pages that nobody uses just now.", pool.num_free),
+            ("pages_idle", "Pages of those whose content is kept for its next use.", pool.num_idle),
+            ("adapters", "Adapters that requests can ask for.", len(adapters.infos)),
+            ("adapters_resident", "Adapters that are on the device.", adapters.num_resident),
+            ("adapter_bytes", "Bytes of their pages.", adapters.nbytes),
         ):
             yield GaugeMetricFamily(f"toolkit_{name}", text, value)
-        yield CounterMetricFamily("toolkit_adapter_loads", "Adapters loaded so far.", engine.adapters.num_loads)
+        for name, text, value in (
+            ("adapter_loads", "Adapters read from disk.", adapters.loader.num_loads),
+            ("adapter_hits", "Requests that found their adapter on the device.", adapters.num_hits),
+            ("adapter_evictions", "Adapters that had to leave the device.", adapters.num_evicted),
+            ("preemptions", "Running requests put back into the queue.", engine.scheduler.num_preemptions),
+            ("prefix_tokens_looked_up", "Tokens of prompts that started.", prefixes.num_lookups if prefixes else 0),
+            ("prefix_tokens_found", "Tokens of them that were computed already.", prefixes.num_hits if prefixes else 0),
+        ):
+            yield CounterMetricFamily(f"toolkit_{name}", text, value)

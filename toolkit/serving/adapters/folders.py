@@ -1,0 +1,62 @@
+"""Identity of folders, and the small checks that all kinds of sources share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from toolkit.errors import CheckpointError
+from toolkit.serving.adapters.target import Target
+
+_READ = ("*.safetensors", "*config.json", "*.index.json")
+
+
+def folder_hash(folder: Path) -> str:
+    """Return 32 hex digits over the names and contents of a folder's weights and configs."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted({path for pattern in _READ for path in folder.glob(pattern)}):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check_unchanged(folder: Path, key: str, source: str) -> None:
+    """Refuse a folder that is no longer what it was.
+
+    Raises:
+        CheckpointError: another hash.
+    """
+    if folder_hash(folder) != key:
+        raise CheckpointError(f"{source}: was changed since it was loaded; load it anew")
+
+
+def by_module(values: Mapping[str, torch.Tensor], target: Target, source: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Sort parameters by their modules, leaving out those that are the served model's own.
+
+    A value that the model has under several names, such as a head that is tied to the embedding, counts for all.
+
+    Raises:
+        CheckpointError: a parameter that the model lacks or has in another shape.
+        UnsupportedError: a module in which requests cannot differ.
+    """
+    found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, value in values.items():
+        if name not in target.parameters:
+            raise CheckpointError(f"{source}: stores {name}, which the served model does not have")
+        own = target.parameters[name].detach().cpu()
+        if value.shape != own.shape:
+            raise CheckpointError(
+                f"{source}: stores {name} as {list(value.shape)}, but in the served model it is {list(own.shape)}"
+            )
+        value = value.to(own.dtype)
+        if not torch.equal(value, own):
+            for also in (name, *(other for other in target.tied(name) if other not in values)):
+                module, parameter = target.owner(also, source)
+                found[module][parameter] = value
+    return found
