@@ -12,13 +12,16 @@ Shape suffixes: S slots of adapters, P linears, T rows, K input features, N outp
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from toolkit.kernels.grouped_lora.api import Pair
+from toolkit.kernels.grouped_lora.stacks import Stacks
 
 ALIGN = 16
 """Elements of which every piece begins at a multiple, so that a GPU loads 16 bytes at a time or more."""
@@ -48,6 +51,8 @@ class PagedPairs:
         extras: `[P, 2, S]` int32: first entry in the list of offsets of the row of `BIAS` and of `GAIN`; -1 is none.
         offsets: int32, where pieces begin, in units of `ALIGN` elements; replaced when it grows.
         ranks: `[S]`, inner products of a row with each slot, on the host.
+        versions: of each slot that is taken, a number that no other adapter had or will have.
+        plain: slots whose adapter only adds a product.
     """
 
     def __init__(self, pool: torch.Tensor, in_features: int, out_features: Sequence[int], num_slots: int) -> None:
@@ -67,12 +72,21 @@ class PagedPairs:
         self._pairs: dict[tuple[int, int], Pair | None] = {}
         self._offsets = np.zeros(0, np.int32)
         self._used = 0
+        self.versions: dict[int, int] = {}
+        self.plain: set[int] = set()
+        self._ranks: dict[int, tuple[int, ...]] = {}
+        self._placed = itertools.count()
         self._upload()
 
     @property
     def ranks(self) -> np.ndarray:
         """`[S]`: inner products of a row with the adapter of each slot; 0 where there is none."""
         return self._sides[0, RANK]
+
+    @cached_property
+    def stacks(self) -> Stacks:
+        """Copies for batched products."""
+        return Stacks(self)
 
     @property
     def has_extras(self) -> np.ndarray:
@@ -120,20 +134,30 @@ class PagedPairs:
         for linear, pair in enumerate(pairs):
             rows = (None, None) if pair is None else (pair.bias_N, pair.gain_N)
             self._extras[linear, :, slot] = [-1 if row is None else 0 for row in rows]
+        self.versions[slot], self._ranks[slot] = next(self._placed), tuple(ranks)
+        if (self._extras[:, :, slot] < 0).all():
+            self.plain.add(slot)
         self._append(slot)
         self._upload()
 
     def clear(self, slot: int) -> None:
         """Forget the adapter of a slot; its pages are the caller's again."""
-        del self._lists[slot]
+        del self._lists[slot], self.versions[slot], self._ranks[slot]
+        self.plain.discard(slot)
+        for linear in range(len(self.widths) - 1):
+            self._pairs.pop((slot, linear), None)
         self._sides[:, :, slot] = 0
         self._extras[:, :, slot] = -1
         self._upload()
 
+    def ranks_of(self, slot: int) -> tuple[int, ...]:
+        """Return an adapter's rank at each linear."""
+        return self._ranks[slot]
+
     def pair(self, slot: int, linear: int) -> Pair | None:
-        """Read an adapter's factors at a linear back: views where the pieces lie evenly, else copies."""
+        """Do what `read` does, but only once for each adapter."""
         if (slot, linear) not in self._pairs:
-            self._pairs[slot, linear] = self._pair(slot, linear)
+            self._pairs[slot, linear] = self.read(slot, linear)
         return self._pairs[slot, linear]
 
     def elements(self, slot: int, linear: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +171,8 @@ class PagedPairs:
         before = int(self._sides[1 + linear, COLUMN, slot]) * self.pieces(self.widths[0])
         return int(self._sides[0, START, slot]) + before, int(self._sides[1 + linear, START, slot])
 
-    def _pair(self, slot: int, linear: int) -> Pair | None:
+    def read(self, slot: int, linear: int) -> Pair | None:
+        """Read an adapter's factors at a linear back: views where the pieces lie evenly, else copies."""
         (a, b), rank = self._starts(slot, linear), int(self._sides[1 + linear, RANK, slot])
         if not rank:
             return None
@@ -224,9 +249,8 @@ class PagedPairs:
                 at += self.pieces(self.widths[1 + linear])
 
     def _upload(self) -> None:
-        """Put what changed on the device; views that were read may have moved."""
+        """Put what changed on the device."""
         device = self.pool.device
-        self._pairs.clear()
         self.sides = torch.from_numpy(self._sides).to(device, copy=True)
         self.scales = torch.from_numpy(self._scales).to(device, copy=True)
         self.extras = torch.from_numpy(self._extras).to(device, copy=True)

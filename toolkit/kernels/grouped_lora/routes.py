@@ -18,6 +18,7 @@ from toolkit.kernels.grouped_lora.api import DORA_ALONE
 
 if TYPE_CHECKING:
     from toolkit.kernels.grouped_lora.pages import PagedPairs
+    from toolkit.kernels.grouped_lora.stacks import Gathered
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +28,12 @@ class Routes:
     Attributes:
         slots: `[T, J]` int, slots of `PagedPairs`, each at most once in a row; -1 is no adapter.
         weights: `[T, J]` float32, what each change is multiplied with.
+        gathered: rows in the orders of stacks of adapters, by the adapters; see `stacks`.
     """
 
     slots: np.ndarray
     weights: np.ndarray
+    gathered: dict[tuple[int, ...], Gathered] = field(default_factory=dict, init=False, repr=False)
     _plans: dict[tuple[object, ...], Plan] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -59,6 +62,18 @@ class Routes:
         """Rows of the adapter that has the most."""
         used = self.slots[self.slots >= 0]
         return int(np.bincount(used).max()) if used.size else 0
+
+    @cached_property
+    def by_slot(self) -> dict[int, tuple[list[int], list[float]]]:
+        """Rows, in order, and weights of every adapter."""
+        found: dict[int, tuple[list[int], list[float]]] = {}
+        for slots, weights in zip(self.slots.T.tolist(), self.weights.T.tolist(), strict=True):
+            for row, (slot, weight) in enumerate(zip(slots, weights, strict=True)):
+                if slot >= 0:
+                    rows, own = found.setdefault(slot, ([], []))
+                    rows.append(row)
+                    own.append(weight)
+        return found
 
     @cached_property
     def segments(self) -> list[tuple[int, int, int, float]]:

@@ -1,4 +1,7 @@
-"""Two matrix products per segment at the adapter's true rank, added to the output in place."""
+"""Matrix products at each adapter's true rank, added to the output in place.
+
+Adapters with few rows each go through batched products of stacked copies (`stacks`), others through two products each.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,14 @@ def paged_lora(
     biases: Sequence[torch.Tensor | None],
 ) -> None:
     """See the api."""
+    stacked: set[int] = set()
+    if x.dim() == 2:
+        for stack, gathered in pairs.stacks.choose(routes):
+            stack.add(ys, x, gathered)
+            stacked.update(stack.slots)
     for start, stop, slot, weight in routes.segments:
+        if slot in stacked:
+            continue
         for linear, y_TN in enumerate(ys):
             pair = pairs.pair(slot, linear)
             if pair is not None:

@@ -1,0 +1,162 @@
+"""Copies of the factors of the adapters that answer just now, stacked so that one batched product serves them all.
+
+A product of one row with the factors of one adapter takes less time than to ask for it, so many adapters with few rows
+each go into one product. Pages may lie anywhere and a batched product cannot, hence the copies: one per adapter that
+joins, none while the same ones go on. Adapters of equal ranks at all linears share a stack, so nothing is padded.
+
+Shape suffixes: n adapters of a stack, m rows of each, R inner products of a row, r of them at one linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from toolkit.kernels.grouped_lora.pages import PagedPairs
+    from toolkit.kernels.grouped_lora.routes import Routes
+
+MOST_ROWS = 8
+"""Rows of an adapter that still go into a stack; more are worth a product of their own."""
+
+FEWEST = 3
+"""Adapters that are worth a stack."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows of a batch in the order of a stack.
+
+    Attributes:
+        rows_nm: flat, `[n * m]`, row of the batch; adapters with fewer rows repeat one.
+        weights_nm1: of their changes, 0 for what is repeated.
+    """
+
+    rows_nm: torch.Tensor
+    weights_nm1: torch.Tensor
+
+
+class Stack:
+    """Factors of adapters of the same ranks.
+
+    Args:
+        pairs: where they are copied from.
+        ranks: at each linear.
+
+    Attributes:
+        slots: that it holds, in order.
+    """
+
+    def __init__(self, pairs: PagedPairs, ranks: Sequence[int]) -> None:
+        self.pairs, self.ranks = pairs, tuple(ranks)
+        self.slots: list[int] = []
+        self._versions: list[int] = []
+        self._a = pairs.pool.new_empty(0, sum(ranks), pairs.widths[0])
+        self._bs = [pairs.pool.new_empty(0, r, width) for r, width in zip(ranks, pairs.widths[1:], strict=True)]
+        self._scales = pairs.pool.new_empty(0, 1, sum(ranks))
+
+    def hold(self, slots: Sequence[int]) -> list[int]:
+        """See to it that the stack holds exactly these adapters, copying what is new; return them in its order."""
+        wanted = {slot: self.pairs.versions[slot] for slot in slots}
+        held = dict(zip(self.slots, self._versions, strict=True))
+        new = [slot for slot, version in wanted.items() if held.get(slot) != version]
+        if new or len(held) != len(wanted):
+            free = [i for i, slot in enumerate(self.slots) if wanted.get(slot) != held[slot]]
+            self._fill(new, free)
+        return self.slots
+
+    def _fill(self, new: list[int], free: list[int]) -> None:
+        """Copy adapters into free places, then further ones; close the gaps that are left with the last ones."""
+        self._grow(len(self.slots) - len(free) + len(new))
+        for slot in new:
+            place = free.pop(0) if free else len(self.slots)
+            if place == len(self.slots):
+                self.slots.append(slot)
+                self._versions.append(0)
+            self.slots[place], self._versions[place] = slot, self.pairs.versions[slot]
+            self._copy(slot, place)
+        for place in reversed(free):
+            last = len(self.slots) - 1
+            for tensor in (self._a, *self._bs, self._scales):
+                tensor[place] = tensor[last]
+            self.slots[place], self._versions[place] = self.slots[last], self._versions[last]
+            self.slots.pop()
+            self._versions.pop()
+
+    def _grow(self, count: int) -> None:
+        if count <= len(self._a):
+            return
+        size = max(count, len(self._a) + len(self._a) // 2)
+        self._a, self._scales = _longer(self._a, size), _longer(self._scales, size)
+        self._bs = [_longer(b, size) for b in self._bs]
+
+    def _copy(self, slot: int, place: int) -> None:
+        at = 0
+        for linear, rank in enumerate(self.ranks):
+            pair = self.pairs.read(slot, linear)
+            if pair is not None:
+                self._a[place, at : at + rank] = pair.a_rK
+                self._bs[linear][place] = pair.b_Nr.T
+                self._scales[place, 0, at : at + rank] = pair.scale
+                at += rank
+
+    def add(self, ys: Sequence[torch.Tensor], x_TK: torch.Tensor, gathered: Gathered) -> None:
+        """Add the changes of all its adapters to their rows, in place."""
+        n, rows = len(self.slots), gathered.rows_nm
+        x_nmK = x_TK.index_select(0, rows).view(n, -1, x_TK.shape[1])
+        inner_nmR = torch.bmm(x_nmK, self._a[:n].transpose(1, 2))
+        inner_nmR = inner_nmR * (self._scales[:n] * gathered.weights_nm1)
+        at = 0
+        for y_TN, rank, b_nrN in zip(ys, self.ranks, self._bs, strict=True):
+            if rank:
+                change = torch.bmm(inner_nmR[:, :, at : at + rank], b_nrN[:n])
+                y_TN.index_add_(0, rows, change.view(len(rows), -1))
+                at += rank
+
+
+class Stacks:
+    """The stacks of some linears, by the ranks of the adapters that they hold."""
+
+    def __init__(self, pairs: PagedPairs) -> None:
+        self.pairs = pairs
+        self._stacks: dict[tuple[int, ...], Stack] = {}
+
+    def choose(self, routes: Routes) -> list[tuple[Stack, Gathered]]:
+        """Return the stacks that a batch needs, and its rows in their order; other adapters are not worth one."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for slot, (rows, _) in routes.by_slot.items():
+            if len(rows) <= MOST_ROWS and slot in self.pairs.plain:
+                groups.setdefault(self.pairs.ranks_of(slot), []).append(slot)
+        return [self._gather(ranks, slots, routes) for ranks, slots in groups.items() if len(slots) >= FEWEST]
+
+    def _gather(self, ranks: tuple[int, ...], slots: list[int], routes: Routes) -> tuple[Stack, Gathered]:
+        if ranks not in self._stacks:
+            self._stacks[ranks] = Stack(self.pairs, ranks)
+        stack = self._stacks[ranks]
+        order = tuple(stack.hold(slots))
+        return stack, gather(order, routes, self.pairs.pool)
+
+
+def gather(order: tuple[int, ...], routes: Routes, like: torch.Tensor) -> Gathered:
+    """Return the rows of adapters in an order, made once for all linears of a step."""
+    if order not in routes.gathered:
+        most = max(len(routes.by_slot[slot][0]) for slot in order)
+        rows: list[int] = []
+        weights: list[float] = []
+        for slot in order:
+            own, own_weights = routes.by_slot[slot]
+            empty = most - len(own)
+            rows += own + own[:1] * empty
+            weights += own_weights + [0.0] * empty
+        weights_nm1 = torch.tensor(weights, dtype=like.dtype, device=like.device).view(len(order), most, 1)
+        routes.gathered[order] = Gathered(torch.tensor(rows, device=like.device), weights_nm1)
+    return routes.gathered[order]
+
+
+def _longer(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    longer = tensor.new_empty(size, *tensor.shape[1:])
+    longer[: len(tensor)] = tensor
+    return longer
