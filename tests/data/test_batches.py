@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from toolkit.data.batches import WINDOW, batch_order, padding_share
+from toolkit.data.batches import WINDOW, batch_order, padding_share, token_batches
 from toolkit.data.mix import counts, draw, shares
 
 
@@ -65,7 +65,8 @@ def test_padding_of_lognormal_lengths_falls_to_that_of_sorted_ones():
     random_order = batch_order(lengths.tolist(), 16, seed=0, epoch=0, by_length=False)
     bucketed = batch_order(lengths.tolist(), 16, seed=0, epoch=0, by_length=True)
     for order in (random_order, bucketed):
-        assert padding_share(lengths[order].tolist(), 16) == pytest.approx(by_hand(order))
+        batches = [order[start : start + 16] for start in range(0, len(order), 16)]
+        assert padding_share(lengths.tolist(), batches) == pytest.approx(by_hand(order))
     assert by_hand(random_order) > 0.55
     assert by_hand(bucketed) < by_hand(np.argsort(lengths)) + 0.15
     assert by_hand(bucketed) < 0.2
@@ -80,3 +81,28 @@ def test_batches_come_in_random_order_and_what_is_left_over_last():
         batch = [lengths[i] for i in order[start : start + 8]]
         assert max(batch) - min(batch) < 8 + 3  # neighbours, but for the two that are left over
     assert len(order[80:]) == 2
+
+
+@pytest.mark.system("length_bucketing")
+@pytest.mark.parametrize("share", [1, 2, 3])
+def test_batches_of_tokens_keep_their_budget_and_pad_as_little_as_sorted_rows(share):
+    lengths = np.maximum(np.random.default_rng(1).lognormal(4, 1, 3000).astype(int), 1).tolist()
+    budget = max(lengths) + 10
+    batches = token_batches(lengths, budget, share=share, seed=0, epoch=0)
+    assert sorted(row for batch in batches for row in batch) == list(range(3000))
+    for batch in batches:
+        for rank in range(share):
+            mine = [lengths[row] for row in batch[rank::share]]
+            assert max(lengths[row] for row in batch) * len(mine) <= budget
+    padded = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
+    assert 1 - sum(lengths) / padded < 0.083
+    # No two neighbours in length would fit into one batch, so there could hardly be fewer.
+    assert len(batches) <= 1.1 * padded / (budget * share) + 1
+
+
+@pytest.mark.system("length_bucketing")
+def test_batches_of_tokens_come_in_an_order_that_seed_and_epoch_decide():
+    lengths = [random.Random(i).randrange(2, 90) for i in range(500)]
+    a, b, c = (token_batches(lengths, 200, share=1, seed=0, epoch=epoch) for epoch in (0, 0, 1))
+    assert a == b != c
+    assert sorted(map(sorted, a)) == sorted(map(sorted, c))

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from math import inf
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from toolkit.adapters.runs import step_of
 from toolkit.checkpoints.writer import write_text
 from toolkit.progress import Progress, track
+from toolkit.tables import human_bytes, human_count
+
+_LAST = 20
+"""Steps by which the speed is told."""
 
 
 def tensorboard(folder: Path) -> TensorBoardCallback:
@@ -119,7 +128,7 @@ class Allocation(TrainerCallback):
 
 
 class ShowProgress(TrainerCallback):
-    """Shows steps, loss, and tokens per second.
+    """Shows steps, losses, tokens per second, memory, and the time that is left.
 
     Args:
         label: of the bar.
@@ -131,7 +140,8 @@ class ShowProgress(TrainerCallback):
         self.stack = ExitStack()
         self.progress: Progress | None = None
         self.losses: dict[str, float] = {}
-        self.started = 0.0
+        self.seen: deque[tuple[float, int, int]] = deque(maxlen=_LAST)
+        self.tokens: Callable[[], int] = lambda: 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -140,11 +150,13 @@ class ShowProgress(TrainerCallback):
         shown = track(f"training {self.label}", state.max_steps, unit="steps", quiet=self.quiet)
         self.progress = self.stack.enter_context(shown)
         self.progress.advance(state.global_step)
-        self.started = time.monotonic()
+        self.seen.append((time.monotonic(), state.global_step, self.tokens()))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count a step."""
+        """Count a step, and tell how fast the last ones were."""
         if self.progress:
+            self.seen.append((time.monotonic(), state.global_step, self.tokens()))
+            self.progress.note(self.line(state.max_steps))
             self.progress.advance()
 
     def on_log(
@@ -155,10 +167,10 @@ class ShowProgress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the newest losses."""
+        """Take the newest losses."""
         self.losses |= {key: value for key, value in (logs or {}).items() if key in ("loss", "eval_loss")}
         if self.progress:
-            self.progress.note(" ".join(f"{key} {float(value):.4f}" for key, value in self.losses.items()))
+            self.progress.note(self.line(state.max_steps))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,3 +178,31 @@ class ShowProgress(TrainerCallback):
         """End the bar."""
         self.stack.close()
         self.progress = None
+
+    def line(self, steps: int) -> str:
+        """Return what stands beside the count, by the steps that were seen last."""
+        shown = [f"{key} {float(value):.4f}" for key, value in self.losses.items()]
+        (begin, first, before), (now, last, tokens) = self.seen[0], self.seen[-1]
+        if last > first and now > begin:
+            shown.append(f"{human_count((tokens - before) / (now - begin))} tokens/s")
+        shown.append(human_bytes(peak_memory()))
+        if last > first:
+            shown.append(f"{human_seconds((now - begin) / (last - first) * (steps - last))} left")
+        return "  ".join(shown)
+
+
+def peak_memory() -> int:
+    """Return the most bytes that were in use at once: of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def human_seconds(seconds: float) -> str:
+    """Write a time for people: `2h05m`, `3m07s`, `12s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

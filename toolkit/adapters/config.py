@@ -14,6 +14,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from toolkit.adapters import catalogue
 from toolkit.adapters.catalogue import FULL, Method
+from toolkit.adapters.parts import part_faults
 from toolkit.adapters.spec import AdapterSpec, TrainSpec
 from toolkit.errors import Problem
 from toolkit.names import did_you_mean
@@ -31,7 +32,8 @@ def faults(spec: TrainSpec) -> list[Problem]:
         found = [Problem(f"adapter.{key}", f"full has no field {key!r}") for key in spec.adapter.fields]
     else:
         found = peft_config(spec.adapter)[1] or list(_method_faults(spec))
-    return [*found, *_optimizer_faults(spec), *_report_faults(spec)]
+    found += [*part_faults(spec), *_optimizer_faults(spec), *_report_faults(spec), *_package_faults(spec)]
+    return found
 
 
 def _method_faults(spec: TrainSpec) -> Iterator[Problem]:
@@ -87,7 +89,27 @@ def _report_faults(spec: TrainSpec) -> Iterator[Problem]:
             )
 
 
-def peft_config(spec: AdapterSpec) -> tuple[PeftConfig | None, list[Problem]]:
+def _package_faults(spec: TrainSpec) -> Iterator[Problem]:
+    """Say what a run needs that is not there."""
+    sharded = spec.training.fsdp or spec.training.deepspeed
+    if sharded and spec.save_dtype:
+        yield Problem("save_dtype", "a model that several processes hold is saved as it is trained; leave it out")
+    if sharded and spec.quantization:
+        yield Problem("quantization", "is for one process or data parallelism; leave it out, or fsdp and deepspeed")
+    if spec.training.deepspeed is not None and find_spec("deepspeed") is None:
+        yield Problem("training.deepspeed", "deepspeed is not installed; pip install deepspeed, or leave it out")
+    if spec.quantization is not None:
+        import torch
+
+        missing = [] if torch.cuda.is_available() else ["a GPU, and there is none"]
+        missing += [] if find_spec("bitsandbytes") else ["bitsandbytes (pip install bitsandbytes)"]
+        if not isinstance(spec.base, str):
+            yield Problem("quantization", "needs a base on disk or on the hub, not one in memory")
+        if missing:
+            yield Problem("quantization", f"{spec.quantization} needs {' and '.join(missing)}; or leave it out")
+
+
+def peft_config(spec: AdapterSpec, task_type: str = "CAUSAL_LM") -> tuple[PeftConfig | None, list[Problem]]:
     """Build the configuration of a spec's method; return it, or what is wrong with the spec."""
     method = catalogue.find(spec.method)
     if method is None:
@@ -98,7 +120,7 @@ def peft_config(spec: AdapterSpec) -> tuple[PeftConfig | None, list[Problem]]:
     if found:
         return None, found
     try:
-        return method.config(task_type="CAUSAL_LM", **values), []
+        return method.config(task_type=task_type, **values), []
     except (ImportError, TypeError, ValueError) as error:
         return None, [Problem("adapter", f"PEFT refuses it: {' '.join(str(error).split())}")]
 

@@ -1,19 +1,24 @@
-"""From the data of a spec to rows of tokens: read, rendered, mixed, packed."""
+"""From the data of a spec to what is trained: read, rendered, mixed, packed; all of it first, or as a stream."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from toolkit.adapters import catalogue
+from toolkit.adapters.loader import Steps, order_of
+from toolkit.adapters.parts import Parts, parts_of
 from toolkit.adapters.spec import SourceSpec, TrainSpec
-from toolkit.data.batches import batch_order, padding_share
+from toolkit.data.batches import padding_share
+from toolkit.data.groups import Item, num_tokens, num_trained
 from toolkit.data.mix import counts, draw, shares
-from toolkit.data.pack import Packed, alone, pack
-from toolkit.data.render import Example, Renderer, RenderReport
-from toolkit.data.rows import read_source
+from toolkit.data.pack import Packed, pack
+from toolkit.data.render import Renderer, RenderReport
+from toolkit.data.rows import Row, read_source
 from toolkit.models.load import LoadedModel
 
 
@@ -22,54 +27,158 @@ class Dataset:
     """What is trained in one epoch, or what is evaluated.
 
     Attributes:
-        rows: to train.
+        rows: to train; of a stream the first few.
         report: what became of the rows that were read, and how much of the batches is padding.
+        stream: the batches of a stream.
     """
 
-    rows: list[Packed]
+    rows: list[Item]
     report: dict[str, Any]
+    stream: Steps | None = None
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a row, on average."""
+        return sum(map(num_tokens, self.rows)) / len(self.rows)
 
 
-def train_set(spec: TrainSpec, loaded: LoadedModel) -> Dataset:
-    """Return the rows that a spec trains.
+def train_set(spec: TrainSpec, loaded: LoadedModel, parts: Parts | None = None, folder: Path | None = None) -> Dataset:
+    """Return what a spec trains.
+
+    Args:
+        spec: of the run.
+        loaded: its model.
+        parts: its objective and methods.
+        folder: of the run, if there is one.
 
     Raises:
         MissingError: no such file or data set.
         DataError: a row that cannot be used, or none that can.
     """
+    parts = parts or parts_of(spec)
+    if spec.data.streaming:
+        return _streamed(spec, loaded, parts)
     data, training = spec.data, spec.training
     sources = data.sources()
-    rendered, reports = _rendered(spec, sources, loaded)
+    made, reports = _made(spec, sources, Maker(spec, loaded, parts), folder)
     weights = [source.weight for source in sources if source.weight is not None]
     if weights or data.temperature is not None:
-        parts = shares([len(examples) for examples in rendered], weights or None, data.temperature or 1)
-        taken = counts(parts, data.epoch_rows or sum(map(len, rendered)))
+        share = shares([len(items) for items in made], weights or None, data.temperature or 1)
+        taken = counts(share, data.epoch_rows or sum(map(len, made)))
         rng = random.Random(training.seed)
-        rendered = [[e[i] for i in draw(len(e), n, rng)] for e, n in zip(rendered, taken, strict=True)]
-    rows = _packed(spec, rendered, _longest(spec, loaded))
-    lengths = [len(row.tokens) for row in rows]
-    order = batch_order(
-        lengths, training.batch_size, seed=training.seed, epoch=0, by_length=data.batches == "by_length"
-    )
-    padding = padding_share([lengths[i] for i in order], training.batch_size)
-    report = {**_counted(reports, rendered), "padding": round(padding, 4)}
+        made = [[e[i] for i in draw(len(e), n, rng)] for e, n in zip(made, taken, strict=True)]
+    rows = _packed(spec, parts, [item for items in made for item in items], _longest(spec, loaded))
+    report = {**_counted(reports, made), "padding": _padding(spec, rows)}
     if len(sources) > 1:
-        report["sources"] = {s.path: len(e) for s, e in zip(sources, rendered, strict=True)}
+        report["sources"] = {s.path: len(e) for s, e in zip(sources, made, strict=True)}
     return Dataset(rows, report)
 
 
-def validation_set(spec: TrainSpec, loaded: LoadedModel) -> Dataset | None:
+def _padding(spec: TrainSpec, rows: Sequence[Item]) -> float:
+    return round(padding_share([len(row.tokens) for row in rows], order_of(spec, rows).together()), 4)
+
+
+def validation_set(spec: TrainSpec, loaded: LoadedModel, parts: Parts | None = None) -> Dataset | None:
     """Return the rows that a spec measures the loss on, longest first, or `None`.
 
     Raises:
         As `train_set`.
     """
-    sources = spec.data.sources(validation=True)
+    sources, parts = spec.data.sources(validation=True), parts or parts_of(spec)
     if not sources:
         return None
-    rendered, reports = _rendered(spec, sources, loaded)
-    rows = _packed(spec, rendered, _longest(spec, loaded))
-    return Dataset(sorted(rows, key=lambda row: -len(row.tokens)), _counted(reports, rendered))
+    made, reports = _made(spec, sources, Maker(spec, loaded, parts))
+    rows = _packed(spec, parts, [item for items in made for item in items], _longest(spec, loaded))
+    return Dataset(sorted(rows, key=lambda row: -len(row.tokens)), _counted(reports, made))
+
+
+class Maker:
+    """Makes what is trained of rows.
+
+    Args:
+        spec: of the run.
+        loaded: its model.
+        parts: its objective and methods.
+    """
+
+    def __init__(self, spec: TrainSpec, loaded: LoadedModel, parts: Parts) -> None:
+        self.loaded, self.parts, self.known = loaded, parts, tasks(spec)
+        self.render = renderer(spec, loaded, whole=parts.objective.whole)
+
+    def item(self, row: Row, source: SourceSpec, report: RenderReport) -> Item | None:
+        """Return the item of a row, or `None` where it is left out.
+
+        Raises:
+            DataError: the row cannot be used.
+        """
+        examples = self.render.render_counted(self.parts.objective.texts(row), report)
+        task = self.known.index(source.task) if source.task in self.known else 0
+        return self.parts.objective.item(row, examples, task) if examples else None
+
+
+def _made(
+    spec: TrainSpec, sources: Iterable[SourceSpec], maker: Maker, folder: Path | None = None
+) -> tuple[list[list[Item]], list[RenderReport]]:
+    """Return the items of every source; rows that are trained (there is a folder) pass through the methods first."""
+    made, reports = [], []
+    for source in sources:
+        rows = list(_read(source))
+        if folder is not None:
+            for method in maker.parts.methods:
+                rows = method.rows(rows, source, maker.loaded, folder)
+        report = RenderReport()
+        made.append([item for row in rows if (item := maker.item(row, source, report)) is not None])
+        report.check(rows)
+        reports.append(report)
+    return made, reports
+
+
+def _read(source: SourceSpec, *, streaming: bool = False) -> Iterator[Row]:
+    return read_source(source.path, split=source.split, subset=source.subset, fields=source.fields, streaming=streaming)
+
+
+def _streamed(spec: TrainSpec, loaded: LoadedModel, parts: Parts) -> Dataset:
+    """Return the first rows of a stream, and its batches."""
+    maker, longest, t = Maker(spec, loaded, parts), _longest(spec, loaded), spec.training
+    first = list(islice(_drawn(spec, maker), min(spec.data.buffer, 200)))
+    rows = _packed(spec, parts, first, longest)
+    report = {"rows": len(first), "tokens": sum(map(num_tokens, first)), "trained": sum(map(num_trained, first))}
+    steps = Steps(
+        lambda: _drawn(spec, maker),
+        t.batch_size,
+        seed=t.seed,
+        by_length=spec.data.batches == "by_length",
+        buffer=spec.data.buffer,
+        pack=lambda items: _packed(spec, parts, items, longest),
+    )
+    return Dataset(rows, {**report, "padding": _padding(spec, rows), "streaming": True}, steps)
+
+
+def _drawn(spec: TrainSpec, maker: Maker) -> Iterator[Item]:
+    """Yield rows of all sources without end, each source as often as its weight says."""
+    sources = spec.data.sources()
+    rng = random.Random(f"{spec.training.seed} stream")
+    weights = [source.weight or 1.0 for source in sources]
+    streams = [_endless(source, maker) for source in sources]
+    while True:
+        (stream,) = rng.choices(streams, weights)
+        yield next(stream)
+
+
+def _endless(source: SourceSpec, maker: Maker) -> Iterator[Item]:
+    """Yield the rows of a source again and again.
+
+    Raises:
+        DataError: a row that cannot be used, or none that can.
+    """
+    while True:
+        report, rows = RenderReport(), []
+        for row in _read(source, streaming=True):
+            rows = rows or [row]
+            item = maker.item(row, source, report)
+            if item is not None:
+                yield item
+        report.check(rows)
 
 
 def tasks(spec: TrainSpec) -> list[str]:
@@ -85,10 +194,10 @@ def context(loaded: LoadedModel) -> int | None:
     return reached and reached - (getattr(adapter, "num_virtual_tokens", None) or 0)
 
 
-def renderer(spec: TrainSpec, loaded: LoadedModel) -> Renderer:
-    """Return what makes tokens of a spec's rows."""
+def renderer(spec: TrainSpec, loaded: LoadedModel, *, whole: bool = False) -> Renderer:
+    """Return what makes tokens of a spec's rows; `whole` is that of their objective."""
     data = spec.data
-    options = {"train_on_inputs": data.train_on_inputs, "context": context(loaded)}
+    options = {"train_on_inputs": data.train_on_inputs, "context": context(loaded), "whole": whole}
     return Renderer(loaded.tokenizer, _longest(spec, loaded), data.too_long, data.empty, **options)
 
 
@@ -96,36 +205,22 @@ def _longest(spec: TrainSpec, loaded: LoadedModel) -> int:
     return spec.data.max_length or min(context(loaded) or 1024, loaded.tokenizer.model_max_length)
 
 
-def _rendered(
-    spec: TrainSpec, sources: Iterable[SourceSpec], loaded: LoadedModel
-) -> tuple[list[list[Example]], list[RenderReport]]:
-    render, known = renderer(spec, loaded), tasks(spec)
-    rendered, reports = [], []
-    for source in sources:
-        rows = list(read_source(source.path, split=source.split, subset=source.subset, fields=source.fields))
-        examples, report = render.render_all(rows)
-        task = known.index(source.task) if source.task in known else 0
-        rendered.append([replace(e, task=task) for e in examples] if task else examples)
-        reports.append(report)
-    return rendered, reports
-
-
-def _packed(spec: TrainSpec, rendered: Iterable[list[Example]], longest: int) -> list[Packed]:
-    """Pack, tasks apart where the method must know them; positions start anew in every document.
+def _packed(spec: TrainSpec, parts: Parts, items: list[Item], longest: int) -> list[Item]:
+    """Pack, tasks apart where they must be known; positions start anew in every document.
 
     So a packed row may be longer than the model's context.
     """
-    examples = [example for source in rendered for example in source]
-    if not spec.data.packing:
-        return [alone(example) for example in examples]
+    documents = [item for item in items if isinstance(item, Packed)]
+    if not spec.data.packing or len(documents) < len(items):
+        return items
     method = catalogue.find(spec.adapter.method)
-    if method is None or method.task_field is None:
-        return pack(examples, longest)
-    apart = {example.task: [e for e in examples if e.task == example.task] for example in examples}
+    if not parts.needs_tasks and (method is None or method.task_field is None):
+        return [*pack(documents, longest)]
+    apart = {item.task: [e for e in documents if e.task == item.task] for item in documents}
     return [row for of_task in apart.values() for row in pack(of_task, longest)]
 
 
-def _counted(reports: Iterable[RenderReport], rendered: Iterable[list[Example]]) -> dict[str, Any]:
+def _counted(reports: Iterable[RenderReport], made: Iterable[list[Item]]) -> dict[str, Any]:
     """Add up what was read, and the tokens of what is trained in an epoch."""
     total = RenderReport()
     for report in reports:
@@ -133,7 +228,7 @@ def _counted(reports: Iterable[RenderReport], rendered: Iterable[list[Example]])
         total.truncated += report.truncated
         for reason, places in report.skipped.items():
             total.skipped.setdefault(reason, []).extend(places)
-    for examples in rendered:
-        total.tokens += sum(len(e.tokens) for e in examples)
-        total.trained += sum(e.num_trained for e in examples)
+    for items in made:
+        total.tokens += sum(map(num_tokens, items))
+        total.trained += sum(map(num_trained, items))
     return total.to_dict()

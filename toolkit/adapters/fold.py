@@ -63,7 +63,7 @@ def _pairs(model: PeftModel, adapter: str, task: Task | None) -> dict[str, LowRa
         raise ValueError(f"a task is for POLY adapters; this one is {kind}")
     layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, AdapterLayer)}
     if not layers:
-        raise UnsupportedError(f"{kind} is no method of the toolkit; PEFT's convert_to_lora may know it")
+        raise UnsupportedError(f"{kind} is no method of the toolkit; `toolkit adapters convert` takes what merges")
     return {name: layer.low_rank(adapter) for name, layer in layers.items() if adapter in layer.configs}
 
 

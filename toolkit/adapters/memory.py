@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toolkit.adapters.parts import parts_of
 from toolkit.adapters.spec import TrainSpec
 from toolkit.adapters.trainee import computes_bfloat16
 from toolkit.data.collate import Collator
@@ -23,17 +24,14 @@ _COPIES = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}
 """Numbers that an optimizer keeps per trained parameter, by transformers' name of it."""
 
 
-def memory_parts(
-    spec: TrainSpec, loaded: LoadedModel, collate: Collator, rows: int, length: int
-) -> dict[str, int | None]:
+def memory_parts(spec: TrainSpec, loaded: LoadedModel, collate: Collator | None, tokens: int) -> dict[str, int | None]:
     """Return the bytes of weights, gradients, optimizer and saved activations; `None` where it is not known.
 
     Args:
         spec: of the run.
         loaded: its model, with the adapter on.
-        collate: makes its batches.
-        rows: of the largest batch.
-        length: tokens of each row of it.
+        collate: makes its batches; `None` where they are not of single rows, so that activations are not known.
+        tokens: of the largest batch, padding included.
     """
     parameters = list(loaded.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -41,12 +39,13 @@ def memory_parts(
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*parameters, *loaded.model.buffers())
     }
     gradients = sum(p.numel() * p.element_size() for p in trained)
-    copies = _COPIES.get(spec.training.optimizer)
+    brought = parts_of(spec).filling("optimizer") is not None
+    copies = None if brought else _COPIES.get(spec.training.optimizer)
     return {
         "weights": sum(held.values()),
         "gradients": gradients,
         "optimizer": None if copies is None else copies * gradients,
-        "activations": _activations(spec, loaded, collate, rows * length),
+        "activations": None if collate is None else _activations(spec, loaded, collate, tokens),
     }
 
 

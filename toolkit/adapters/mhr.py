@@ -2,8 +2,8 @@
 
 POLY holds an inventory of `n_skills` adapters, cut into `n_splits` heads, and for every task logits that mix them: in
 evaluation their sigmoids, divided by their sum in each head. It is the *factors* A and B that are mixed, each apart,
-and the product is not a mixture of products. For a new task, MHR-z trains the mixture alone and MHR-mu a LoRA that
-starts at the average of all factors.
+and the product is not a mixture of products. For a new task, MHR-z trains the mixture alone (through a spec
+it is the method `mhr_z`) and MHR-mu a LoRA that starts at the average of all factors.
 
 Caccia et al., "Multi-Head Adapter Routing for Cross-Task Generalization", 2022, arXiv:2211.03831; one head is
 Polytropon, Ponti et al., "Combining Modular Skills in Multitask Learning", 2022, arXiv:2202.13914.

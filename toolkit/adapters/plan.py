@@ -21,6 +21,7 @@ from toolkit.tables import Report, Table, human_bytes
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from toolkit.adapters.parts import Parts
     from toolkit.data.tokenizer import Tokenizer
 
 
@@ -42,41 +43,47 @@ def plan_training(spec: specs.Source | TrainSpec, *, overrides: Sequence[str] = 
     found = faults(loaded)
     if found:
         raise loaded.error(found)
+    from toolkit.adapters.parts import parts_of
     from toolkit.adapters.trainee import trainee
 
-    with quiet_transformers(), trainee(loaded) as model:
-        return _planned(loaded, model)
+    parts = parts_of(loaded)
+    parts.objective.survey()
+    with quiet_transformers(), trainee(loaded, parts) as model:
+        return _planned(loaded, model, parts)
 
 
-def _planned(spec: TrainSpec, loaded: LoadedModel) -> Report:
+def _planned(spec: TrainSpec, loaded: LoadedModel, parts: Parts) -> Report:
     from toolkit.adapters.dataset import train_set
+    from toolkit.adapters.loader import order_of
     from toolkit.adapters.memory import memory_parts
     from toolkit.adapters.trainer import collator
 
-    trained = train_set(spec, loaded)
+    trained = train_set(spec, loaded, parts)
     t = spec.training
-    per_epoch = max(ceil(ceil(len(trained.rows) / t.batch_size) / t.gradient_accumulation_steps), 1)
+    order = order_of(spec, trained.rows)
+    per_epoch = ceil(len(order) / t.gradient_accumulation_steps)
     steps = t.max_steps or ceil(t.num_epochs * per_epoch)
+    tokens = trained.tokens * (steps * t.batch_size * t.gradient_accumulation_steps if trained.stream else 0)
     longest = max(len(row.tokens) for row in trained.rows)
     virtual = getattr(getattr(loaded.model, "peft_config", {}).get("default"), "num_virtual_tokens", None) or 0
-    rows = min(t.batch_size, len(trained.rows))
-    parts = memory_parts(spec, loaded, collator(spec, loaded), rows, longest)
+    size = max(len(batch) * max(len(trained.rows[i].tokens) for i in batch) for batch in order.together())
+    memory = memory_parts(spec, loaded, collator(spec, loaded) if parts.objective.packs else None, size)
     parameters = list(loaded.model.parameters())
     numbers = {
         "steps": steps,
         "steps_per_epoch": per_epoch,
-        "tokens": round(trained.report["tokens"] * steps / per_epoch),
+        "tokens": round(tokens or trained.report["tokens"] * steps / per_epoch),
         "longest_row": longest + virtual,
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "parameters": sum(p.numel() for p in parameters),
         "data": trained.report,
-        "memory": parts,
+        "memory": memory,
     }
     plain = [[key.replace("_", " "), as_text(v)] for key, v in numbers.items() if not isinstance(v, dict)]
     data = [[key.replace("_", " "), as_text(v)] for key, v in trained.report.items() if not isinstance(v, dict)]
-    known = sum(v for v in parts.values() if v is not None)
-    memory = [[name, "-" if v is None else human_bytes(v)] for name, v in [*parts.items(), ("together", known)]]
-    tables = [Table(("run", ""), plain), Table(("data", "one epoch"), data), Table(("memory", ""), memory)]
+    known = sum(v for v in memory.values() if v is not None)
+    bytes_ = [[name, "-" if v is None else human_bytes(v)] for name, v in [*memory.items(), ("together", known)]]
+    tables = [Table(("run", ""), plain), Table(("data", "one epoch"), data), Table(("memory", ""), bytes_)]
     return Report(numbers, tables)
 
 
@@ -123,16 +130,21 @@ def preview(
     Raises:
         As `train`.
     """
+    from toolkit.adapters.parts import parts_of
+
     loaded = specs.load(spec, TrainSpec, overrides=overrides, smoke=smoke)
     base: Any = loaded.base
     tokenizer: Any = base[1] if isinstance(base, tuple) else getattr(base, "tokenizer", None)
     if tokenizer is None:
         tokenizer = load_tokenizer(str(base), trust_remote_code=loaded.trust_remote_code)
-    render = Renderer(tokenizer, tokenizer.model_max_length, train_on_inputs=loaded.data.train_on_inputs)
+    objective = parts_of(loaded).objective
+    inputs, whole = loaded.data.train_on_inputs, objective.whole
+    render = Renderer(tokenizer, tokenizer.model_max_length, train_on_inputs=inputs, whole=whole)
     rows = []
     for source in loaded.data.sources():
         read = read_source(source.path, split=source.split, subset=source.subset, fields=source.fields)
-        rows += [_shown(row.place, render.render(row), tokenizer) for row in islice(read, count)]
+        texts = (text for row in islice(read, count) for text in objective.texts(row))
+        rows += [_shown(text.place, render.render(text), tokenizer) for text in texts]
     return Preview({"rows": rows})
 
 

@@ -26,6 +26,8 @@ STATE = "trainer_state.json"
 def hash_data(spec: TrainSpec) -> dict[str, str]:
     """Return the SHA-256 of every data file of a run, or of the rows of a data set, by its path in the spec.
 
+    A data set that is streamed is not read for this.
+
     Raises:
         MissingError: no such file or data set.
         DataError: it cannot be read.
@@ -35,6 +37,8 @@ def hash_data(spec: TrainSpec) -> dict[str, str]:
         path = Path(os.path.expanduser(source.path))
         if path.is_file():
             (found[source.path],) = file_hashes([path]).values()
+        elif spec.data.streaming:
+            found[_name(source)] = "streamed"
         else:
             found[_name(source)] = _hash_rows(read_source(source.path, split=source.split, subset=source.subset))
     return found
@@ -121,5 +125,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _fingerprint(spec: TrainSpec, data: Mapping[str, str]) -> str:
     """Return an identity of a run: its spec and its data."""
-    text = json.dumps([spec.model_dump_json(exclude={"out"}), dict(data)])
+    text = json.dumps([spec.model_dump_json(exclude={"out", "after"}), dict(data)])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -21,7 +21,38 @@ def as_sources(value: Any) -> Any:
     return [str(v) if isinstance(v, Path) else v for v in listed] if isinstance(listed, list) else listed
 
 
-class AdapterSpec(Spec):
+def as_method(value: Any) -> Any:
+    """Return a method's block where its name alone was given."""
+    return {"method": value} if isinstance(value, str) else value
+
+
+def as_methods(value: Any) -> Any:
+    """Return a list of methods where one was given."""
+    return [value] if isinstance(value, str | Mapping | MethodSpec) else value
+
+
+class MethodSpec(Spec):
+    """A method by name, with its own fields beside it.
+
+    Attributes:
+        method: its name.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The method's own fields."""
+        return dict(self.model_extra or {})
+
+
+Chosen = Annotated[MethodSpec, BeforeValidator(as_method)]
+"""A method's block, or its name alone."""
+
+
+class AdapterSpec(MethodSpec):
     """What is trained.
 
     Attributes:
@@ -31,15 +62,8 @@ class AdapterSpec(Spec):
             embeddings, last norm and head are trained only where all layers are.
     """
 
-    model_config = ConfigDict(extra="allow")
-
     method: str = "lora"
     layers: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The method's own fields."""
-        return dict(self.model_extra or {})
 
 
 class SourceSpec(Spec):
@@ -79,6 +103,9 @@ class DataSpec(Spec):
         max_length: most tokens of a row; by default what the model can take, which only packed rows may exceed.
         packing: put several short rows into one, kept apart from each other; refused for a model that cannot.
         batches: rows of like length in a batch, so that little of it is padding; or any.
+        streaming: read rows as they are trained, instead of all of them before the first step; needs
+            `training.max_steps`. Sources are drawn by their weights, which are equal where none are given.
+        buffer: rows that are read ahead of a stream: shuffled, sorted by length and packed together.
         too_long: what to do with a longer row.
         empty: what to do with a row in which no token is trained.
     """
@@ -91,6 +118,8 @@ class DataSpec(Spec):
     max_length: Annotated[int, Field(ge=2)] | None = None
     packing: bool = False
     batches: Literal["by_length", "random"] = "by_length"
+    streaming: bool = False
+    buffer: Annotated[int, Field(ge=1)] = 2000
     too_long: Literal["error", "truncate", "skip"] = "error"
     empty: Literal["error", "skip"] = "error"
 
@@ -101,6 +130,8 @@ class DataSpec(Spec):
             raise ValueError("weights and a temperature both say how much each source gives; leave one out")
         if any(weighted) and not all(weighted):
             raise ValueError("some sources of train have a weight; give every one of them one")
+        if self.streaming and (self.temperature is not None or self.epoch_rows is not None):
+            raise ValueError("a stream has no size, so temperature and epoch_rows say nothing; give weights instead")
         if self.epoch_rows is not None and not any(weighted) and self.temperature is None:
             raise ValueError("epoch_rows needs weights of the sources, or a temperature")
         return self
@@ -118,13 +149,15 @@ class TrainingSpec(Spec):
         num_epochs: passes over the data, when `max_steps` is not given.
         max_steps: optimizer steps.
         batch_size: rows per forward pass and device.
+        batch_tokens: tokens per forward pass and device, padding included, instead of rows: many short ones, few long.
         gradient_accumulation_steps: forward passes per optimizer step.
         learning_rate: at its peak.
-        lr_scheduler: its course.
+        lr_scheduler: its course, unless one of `methods` sets it.
         warmup_steps: steps in which it rises; below 1 a share of all steps.
         weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        optimizer: as transformers names it.
+        optimizer: as transformers names it, unless one of `methods` sets it.
+        methods: ways to train, each by its name, or its name and its parameters.
         precision: `auto` is bfloat16 where the device computes with it, else float32.
         seed: of the initial adapter, the order of the data, and dropout.
         logging_steps: steps between two entries of the metrics.
@@ -136,12 +169,16 @@ class TrainingSpec(Spec):
         early_stopping_patience: evaluations without a better loss after which training stops; the best
             checkpoint is then the result.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        fsdp: transformers' argument of this name, such as `full_shard auto_wrap`.
+        fsdp_config: its settings.
+        deepspeed: DeepSpeed's configuration, or a file of it.
         report_to: besides the JSONL file of metrics; `plot` draws the losses into `loss.png` at the end.
     """
 
     num_epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_tokens: Annotated[int, Field(ge=1)] | None = None
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "linear"
@@ -149,6 +186,7 @@ class TrainingSpec(Spec):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     optimizer: str = "adamw_torch"
+    methods: Annotated[tuple[Chosen, ...], BeforeValidator(as_methods)] = ()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
     logging_steps: Annotated[int, Field(ge=1)] = 10
@@ -158,7 +196,26 @@ class TrainingSpec(Spec):
     keep_checkpoints: bool = False
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
     gradient_checkpointing: bool = False
+    fsdp: str | bool | None = None
+    fsdp_config: dict[str, Any] | None = None
+    deepspeed: dict[str, Any] | Folder | None = None
     report_to: tuple[Literal["tensorboard", "plot", "wandb", "trackio"], ...] = ("tensorboard",)
+
+
+class AfterSpec(Spec):
+    """What is made of an adapter once it is trained, besides its own folder.
+
+    Attributes:
+        merge: folder to write: the base with the adapter in its weights.
+        lora: folder to write: the adapter as a plain LoRA, for a method of the toolkit that is one exactly.
+        serve: folder of adapters that a server watches; this one appears in it whole, under the name of `out`.
+        overwrite: replace what is there.
+    """
+
+    merge: Folder | None = None
+    lora: Folder | None = None
+    serve: Folder | None = None
+    overwrite: bool = False
 
 
 class TrainSpec(Spec):
@@ -167,10 +224,13 @@ class TrainSpec(Spec):
     Attributes:
         base: model to start from.
         initialize: `pretrained`, or `random` weights for a folder with a config and a tokenizer alone.
+        quantization: hold the frozen weights of the base in few bits (QLoRA); needs bitsandbytes and a GPU.
+        objective: what is learned from a row, by name, or by name and parameters.
         adapter: what is trained.
         data: what it is trained on.
         training: how.
         out: folder to write: a PEFT adapter, or a model where every weight is trained.
+        after: what is made of the adapter then.
         save_dtype: of the weights of such a model, such as bfloat16; by default float32, as they are trained.
         device: `auto`, `cpu`, `cuda`, ...
         trust_remote_code: run code that comes with the model.
@@ -178,10 +238,13 @@ class TrainSpec(Spec):
 
     base: Base
     initialize: Literal["pretrained", "random"] = "pretrained"
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    objective: Chosen = MethodSpec(method="completion")
     adapter: AdapterSpec = AdapterSpec()
     data: DataSpec
     training: TrainingSpec = TrainingSpec()
     out: Folder | None = None
+    after: AfterSpec = AfterSpec()
     save_dtype: str | None = None
     device: str = "auto"
     trust_remote_code: bool = False
@@ -194,6 +257,14 @@ class TrainSpec(Spec):
             raise ValueError("save_dtype needs adapter.method: full; adapters are saved as they are trained")
         if self.save_dtype and self.save_dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"save_dtype is float32, bfloat16 or float16, not {self.save_dtype}")
+        if self.data.streaming and self.training.max_steps is None:
+            raise ValueError("data.streaming needs training.max_steps; a stream has no end")
+        if self.data.streaming and self.training.batch_tokens:
+            raise ValueError("training.batch_tokens sorts all rows first; leave it out, or set data.streaming to false")
+        if self.quantization and (self.adapter.method == FULL or self.initialize == "random"):
+            raise ValueError("quantization needs an adapter on a pretrained base; weights of few bits are not trained")
+        if self.after != AfterSpec() and self.adapter.method == FULL:
+            raise ValueError("after needs an adapter; a fully trained model is in out already")
         if self.initialize == "random" and self.adapter.method != FULL:
             raise ValueError(
                 "initialize: random needs adapter.method: full; an adapter of random weights learns nothing"

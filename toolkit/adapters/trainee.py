@@ -12,6 +12,10 @@ from peft import PeftModel, get_peft_model
 
 from toolkit.adapters.catalogue import FULL
 from toolkit.adapters.config import peft_config
+from toolkit.adapters.methods.vl_adapter import takes_task_ids
+from toolkit.adapters.parts import Parts, parts_of
+from toolkit.adapters.processes import own_device
+from toolkit.adapters.quantized import load_quantized
 from toolkit.adapters.spec import TrainSpec
 from toolkit.adapters.state import save_adapter
 from toolkit.checkpoints.layout import Layout, layer_of
@@ -24,29 +28,42 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def trainee(spec: TrainSpec) -> Iterator[LoadedModel]:
+def trainee(spec: TrainSpec, parts: Parts | None = None) -> Iterator[LoadedModel]:
     """Yield the model that a spec trains; one that came as an object loses its adapter again at the end.
+
+    Args:
+        spec: of the run.
+        parts: its objective and methods.
 
     Raises:
         SpecError: the adapter's configuration is wrong, or matches no module of the model.
     """
     torch.manual_seed(spec.training.seed)
-    device = pick_device(spec.device)
-    if spec.initialize == "random":
-        loaded = init_model(spec.base, seed=spec.training.seed, device=device, trust_remote_code=spec.trust_remote_code)
-    else:
-        dtype = torch.bfloat16 if computes_bfloat16(spec) and spec.adapter.method != FULL else torch.float32
-        loaded = load_model(spec.base, device=device, dtype=dtype, trust_remote_code=spec.trust_remote_code)
-    with _restored(loaded.model):
+    base = _loaded(spec)
+    objective = (parts or parts_of(spec)).objective
+    with _restored(base.model), objective.model(base) as loaded:
         if spec.adapter.method == FULL:
             _freeze_other_layers(spec, loaded)
             yield loaded
             return
-        adapted = _adapted(spec, loaded)
+        adapted = _adapted(spec, loaded, objective.task_type)
         try:
             yield LoadedModel(loaded.source, adapted, loaded.tokenizer)  # pyright: ignore[reportArgumentType]  # wraps it
         finally:
             _take_off(adapted)
+
+
+def _loaded(spec: TrainSpec) -> LoadedModel:
+    device = own_device(pick_device(spec.device))
+    if spec.training.fsdp or spec.training.deepspeed:
+        device = torch.device("cpu")  # they put each process's part of it where it belongs
+    options = {"device": device, "trust_remote_code": spec.trust_remote_code}
+    if spec.initialize == "random":
+        return init_model(spec.base, seed=spec.training.seed, **options)
+    if spec.quantization:
+        return load_quantized(spec.base, spec.quantization, **options)
+    dtype = torch.bfloat16 if computes_bfloat16(spec) and spec.adapter.method != FULL else torch.float32
+    return load_model(spec.base, dtype=dtype, **options)
 
 
 def computes_bfloat16(spec: TrainSpec) -> bool:
@@ -56,8 +73,8 @@ def computes_bfloat16(spec: TrainSpec) -> bool:
     return pick_device(spec.device).type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def _adapted(spec: TrainSpec, loaded: LoadedModel) -> PeftModel:
-    config, found = peft_config(spec.adapter)
+def _adapted(spec: TrainSpec, loaded: LoadedModel, task_type: str) -> PeftModel:
+    config, found = peft_config(spec.adapter, task_type)
     if config is None:
         raise spec.error(found)
     if spec.adapter.layers is not None:
@@ -70,6 +87,7 @@ def _adapted(spec: TrainSpec, loaded: LoadedModel) -> PeftModel:
     except (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise spec.error([Problem("adapter", f"PEFT refuses it: {' '.join(str(error).split())}")]) from error
     assert isinstance(adapted, PeftModel)
+    takes_task_ids(adapted)
     if not any(value.requires_grad for value in adapted.parameters()):
         message = f"{spec.adapter.method} found nothing to train here; its target_modules are no layers that it knows"
         raise spec.error([Problem("adapter", message)])
@@ -103,12 +121,17 @@ def _take_off(adapted: PeftModel) -> None:
             return
 
 
+def name_base(loaded: LoadedModel) -> None:
+    """Have the adapter name its base in the spec's own words, instead of by what the model calls itself."""
+    if isinstance(loaded.model, PeftModel):
+        loaded.model.peft_config["default"].base_model_name_or_path = loaded.source
+
+
 def save(spec: TrainSpec, loaded: LoadedModel, folder: Path) -> None:
     """Write the adapter of a trainee, or the whole model with its tokenizer."""
     model = loaded.model
     if isinstance(model, PeftModel):
-        # PEFT would write what the model calls itself; the spec's own words find the base again.
-        model.peft_config["default"].base_model_name_or_path = loaded.source
+        name_base(loaded)
         save_adapter(model, folder)
         return
     config, trained_as, use_cache = model.config, model.dtype, model.config.use_cache

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
-from toolkit.adapters import catalogue, runs
+from toolkit.adapters import catalogue, processes, runs
 from toolkit.adapters.callbacks import Allocation, MetricsFile, Rhythm, ShowProgress, tensorboard
-from toolkit.adapters.loop import AdapterTrainer, Order
+from toolkit.adapters.dataset import Dataset
+from toolkit.adapters.loader import Order, order_of
+from toolkit.adapters.loop import AdapterTrainer
+from toolkit.adapters.parts import Parts
 from toolkit.adapters.spec import TrainSpec
 from toolkit.adapters.trainee import computes_bfloat16
+from toolkit.adapters.training._base import Course
 from toolkit.data.collate import Collator
-from toolkit.data.pack import Packed
 from toolkit.errors import Problem
 from toolkit.models.load import LoadedModel, pick_device
+
+_SPEEDS = ("runtime", "per_second", "preparation_time")
+"""Ends of the names of what transformers adds to an evaluation."""
 
 OURS = ("tensorboard", "plot")
 """Reports that are not made by transformers."""
@@ -41,64 +47,79 @@ class Run:
 
 
 def make_trainer(
-    spec: TrainSpec, run: Run, loaded: LoadedModel, train_rows: Sequence[Packed], eval_rows: Sequence[Packed] | None
-) -> Trainer:
+    spec: TrainSpec, run: Run, loaded: LoadedModel, trained: Dataset, measured: Dataset | None, parts: Parts
+) -> AdapterTrainer:
     """Set a trainer up.
 
     Raises:
         SpecError: the optimizer cannot be made.
     """
-    callbacks: list[Any] = [MetricsFile(run.folder / runs.METRICS, run.checkpoint), ShowProgress(run.name, run.quiet)]
-    if "tensorboard" in spec.training.report_to:
-        callbacks.append(tensorboard(run.folder / "tensorboard"))
-    if spec.training.early_stopping_patience:
-        callbacks.append(EarlyStoppingCallback(spec.training.early_stopping_patience))
-    fields = spec.adapter.fields
-    callbacks += [Allocation(loaded.model, "total_step" not in fields), Rhythm(spec.training.save_steps)]
-    method = catalogue.find(spec.adapter.method)
-    order = Order(
-        [len(row.tokens) for row in train_rows],
-        spec.training.batch_size,
-        seed=spec.training.seed,
-        by_length=spec.data.batches == "by_length",
-    )
+    method, t = catalogue.find(spec.adapter.method), spec.training
+    batches = trained.stream or order_of(spec, trained.rows, in_sequence=parts.in_sequence)
+    per_batch = len(trained.rows) / len(batches) if isinstance(batches, Order) else t.batch_size * processes.world()
+    rows = per_batch * t.gradient_accumulation_steps
     trainer = AdapterTrainer(
-        order=order,
+        parts=parts,
+        batches=batches,
+        course=Course(t.max_steps or 0, rows, rows * trained.tokens, t.learning_rate),
+        task_ids=method is not None and method.task_field is not None,
+        # What some methods of PEFT add to the loss is no sum over tokens.
+        mean_of_batch=method is not None and method.own_loss,
         model=loaded.model,
-        args=_arguments(spec, run.folder, bool(eval_rows)),
-        train_dataset=train_rows,  # pyright: ignore[reportArgumentType]  # any sequence will do
-        eval_dataset=eval_rows,  # pyright: ignore[reportArgumentType]
-        data_collator=collator(spec, loaded),
-        callbacks=callbacks,
+        args=training_arguments(spec, run.folder, evaluate=measured is not None),
+        train_dataset=trained.stream or trained.rows,  # pyright: ignore[reportArgumentType]  # any sequence will do
+        eval_dataset=measured.rows if measured else None,  # pyright: ignore[reportArgumentType]
+        data_collator=collator(spec, loaded, parts),
+        callbacks=_callbacks(spec, run, loaded),
     )
     trainer.remove_callback(PrinterCallback)
-    if method and method.own_loss:
-        # A mean over the micro-batches of a step; what such a method adds to the loss is no sum over tokens.
-        trainer.model_accepts_loss_kwargs = False
-    if spec.training.gradient_checkpointing:
+    for shown in (c for c in trainer.callback_handler.callbacks if isinstance(c, ShowProgress)):
+        shown.tokens = lambda: trainer.tokens_seen * processes.world()
+    for own in (callback for part in parts.methods for callback in part.callbacks(trainer)):
+        trainer.add_callback(own)
+    if t.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
-        trainer.create_optimizer()
+        if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:
+            trainer.create_optimizer()
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        message = f"{spec.training.optimizer} cannot be used here ({' '.join(str(error).split())})"
+        message = f"{t.optimizer} cannot be used here ({' '.join(str(error).split())})"
         raise spec.error([Problem("training.optimizer", message)]) from None
     return trainer
 
 
-def collator(spec: TrainSpec, loaded: LoadedModel) -> Collator:
-    """Return what makes batches: PEFT numbers positions itself where it puts virtual tokens before a row."""
+def _callbacks(spec: TrainSpec, run: Run, loaded: LoadedModel) -> list[Any]:
+    found: list[Any] = [
+        Rhythm(spec.training.save_steps),
+        Allocation(loaded.model, "total_step" not in spec.adapter.fields),
+    ]
+    if spec.training.early_stopping_patience:
+        found.insert(0, EarlyStoppingCallback(spec.training.early_stopping_patience))
+    if not processes.is_first():
+        return found
+    if "tensorboard" in spec.training.report_to:
+        found.insert(0, tensorboard(run.folder / "tensorboard"))
+    return [MetricsFile(run.folder / runs.METRICS, run.checkpoint), ShowProgress(run.name, run.quiet), *found]
+
+
+def collator(spec: TrainSpec, loaded: LoadedModel, parts: Parts | None = None) -> Any:
+    """Return what makes batches: only packed rows need positions, without which attention computes faster."""
     method = catalogue.find(spec.adapter.method)
-    return Collator(
+    collate = Collator(
         int(loaded.tokenizer.pad_token_id or 0),
-        positions=method is None or not method.virtual_tokens,
-        tasks=method is not None and method.task_field is not None,
+        positions=spec.data.packing,
+        tasks=(method is not None and method.task_field is not None) or (parts is not None and parts.needs_tasks),
     )
+    return parts.objective.collate(collate) if parts else collate
 
 
-def go(trainer: Trainer, checkpoint: Path | None) -> None:
+def go(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
     """Train to the end, from a checkpoint if there is one; one that is the end itself is restored."""
     if checkpoint is None or not runs.is_over(checkpoint):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with ExitStack() as around:
+            for method in trainer.parts.methods:
+                around.enter_context(method.around(trainer))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return
     # The trainer would take one step more before it looks whether it should stop.
     trainer.state = TrainerState.load_from_json(str(checkpoint / runs.STATE))
@@ -116,15 +137,17 @@ def train_loss(trainer: Trainer) -> float | None:
     return total / last if last else None
 
 
-def eval_loss(trainer: Trainer) -> float:
-    """Return the validation loss of the model that the trainer ends with: the best one's, or that of the last step."""
-    if trainer.state.best_model_checkpoint is not None and trainer.state.best_metric is not None:
-        return trainer.state.best_metric
-    last = [e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == trainer.state.global_step]
-    return last[-1]["eval_loss"] if last else trainer.evaluate()["eval_loss"]
+def evaluated(trainer: Trainer) -> dict[str, float]:
+    """Return what was measured on the model that the trainer ends with: the best one, or that of the last step."""
+    state = trainer.state
+    step = state.best_global_step if state.best_model_checkpoint is not None else state.global_step
+    last = [e for e in state.log_history if "eval_loss" in e and e["step"] == step]
+    found = last[-1] if last else trainer.evaluate()
+    return {name: found[name] for name in found if name.startswith("eval_") and not name.endswith(_SPEEDS)}
 
 
-def _arguments(spec: TrainSpec, folder: Path, evaluate: bool) -> TrainingArguments:
+def training_arguments(spec: TrainSpec, folder: Path, *, evaluate: bool) -> TrainingArguments:
+    """Return a spec's settings in the words of transformers."""
     t = spec.training
     rhythm = {"eval_strategy": "steps" if t.eval_steps else "epoch", "eval_steps": t.eval_steps} if evaluate else {}
     if t.early_stopping_patience:
@@ -149,6 +172,11 @@ def _arguments(spec: TrainSpec, folder: Path, evaluate: bool) -> TrainingArgumen
         max_grad_norm=t.max_grad_norm,
         optim=t.optimizer,
         bf16=computes_bfloat16(spec),
+        fsdp=t.fsdp,  # pyright: ignore[reportArgumentType]  # true is the word for it by now
+        fsdp_config=t.fsdp_config,
+        deepspeed=t.deepspeed,
+        # Of most methods all parameters have a part in every step, which need not be found out anew in each.
+        ddp_find_unused_parameters=spec.adapter.method not in (catalogue.FULL, "lora"),
         seed=t.seed,
         logging_steps=t.logging_steps,
         save_total_limit=t.save_total_limit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,9 +20,11 @@ from toolkit.cli.common import (
     SpecFile,
     TrustRemoteCode,
     show,
+    show_tables,
     show_texts,
     with_trust,
 )
+from toolkit.errors import SpecError
 
 
 def train(
@@ -36,6 +39,10 @@ def train(
     show_rows: Annotated[
         int, typer.Option("--show", help="Show so many rows of each source, trained tokens coloured, and stop.", min=0)
     ] = 0,
+    with_: Annotated[
+        list[Path],
+        typer.Option("--with", help="Another spec, whose LoRA trains in the same batches; may be given several times."),
+    ] = [],  # noqa: B006
     trust_remote_code: TrustRemoteCode = False,
     smoke: Smoke = False,
     json: Json = False,
@@ -43,6 +50,11 @@ def train(
 ) -> None:
     """Train an adapter, or a whole model, as a spec says."""
     overrides = with_trust(set_, trust_remote_code)
+    if with_:
+        if out or resume or dry_run or show_rows:
+            raise SpecError("--with trains to the end, each spec into its own out; leave the other options out")
+        _together([spec, *with_], overrides, smoke=smoke, overwrite=overwrite, json=json, quiet=quiet)
+        return
     if show_rows:
         from toolkit.adapters.plan import preview
 
@@ -56,6 +68,21 @@ def train(
 
         show(plan_training(spec, overrides=overrides, smoke=smoke), json)
         return
+    from toolkit.adapters.processes import is_first
     from toolkit.adapters.train import train as run
 
-    show(run(spec, out, overrides=overrides, smoke=smoke, resume=resume, overwrite=overwrite, quiet=quiet), json)
+    result = run(spec, out, overrides=overrides, smoke=smoke, resume=resume, overwrite=overwrite, quiet=quiet)
+    if is_first():
+        show(result, json)
+
+
+def _together(
+    paths: list[Path], overrides: list[str], *, smoke: bool, overwrite: bool, json: bool, quiet: bool
+) -> None:
+    from toolkit.adapters.together import train_together
+
+    results = train_together(paths, overrides=overrides, smoke=smoke, overwrite=overwrite, quiet=quiet)
+    if json:
+        print(json_.dumps([result.to_dict() for result in results], indent=2))
+    else:
+        show_tables([table for result in results for table in result.tables])

@@ -32,8 +32,32 @@ def batch_order(lengths: Sequence[int], size: int, *, seed: int, epoch: int, by_
     return [*(row for batch in batches for row in batch), *order[full:]]
 
 
-def padding_share(lengths: Sequence[int], size: int) -> float:
-    """Return the share of padding among all tokens, for rows that come in this order."""
-    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
-    computed = sum(max(batch) * len(batch) for batch in batches)
-    return 1 - sum(lengths) / computed
+def token_batches(lengths: Sequence[int], budget: int, *, share: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return batches of as many rows of like length as fit into a number of tokens, each row once.
+
+    What is in a batch is the same in every epoch; the batches come in another order.
+
+    Args:
+        lengths: tokens of each row, none more than `budget`.
+        budget: tokens of the padded rows that one process gets of a batch.
+        share: processes that a batch is dealt out to.
+        seed: the same seed and epoch give the same batches.
+        epoch: number of the pass.
+    """
+    rows = list(range(len(lengths)))
+    random.Random(f"{seed}").shuffle(rows)
+    batches: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: -lengths[row]):
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and -(-(len(batches[-1]) + 1) // share) * longest <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    random.Random(f"{seed} {epoch}").shuffle(batches)
+    return batches
+
+
+def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
+    """Return the share of padding among all tokens of batches of rows."""
+    computed = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
+    return 1 - sum(lengths[row] for batch in batches for row in batch) / computed

@@ -74,8 +74,14 @@ def read_parquet(path: Path) -> Numbered:
         raise DataError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
 
 
-def read_dataset(source: str, *, split: str, subset: str | None) -> Numbered:
+def read_dataset(source: str, *, split: str, subset: str | None, streaming: bool = False) -> Numbered:
     """Yield the rows of a split of a data set, from the hub or from a folder that holds one.
+
+    Args:
+        source: hub id or folder.
+        split: of the data set.
+        subset: of one that has several.
+        streaming: fetch rows as they are asked for; a folder that `datasets` saved is read from the disk anyway.
 
     Raises:
         MissingError: no such data set, subset or split.
@@ -90,7 +96,7 @@ def read_dataset(source: str, *, split: str, subset: str | None) -> Numbered:
         elif (Path(source) / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(source)[split]
         else:
-            found = datasets.load_dataset(source, subset, split=split)
+            found = datasets.load_dataset(source, subset, split=split, streaming=streaming)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         told = " ".join(str(error).split())[:200]
         raise MissingError(

@@ -36,7 +36,7 @@ def alone(example: Example) -> Packed:
     return concatenate([example])
 
 
-def concatenate(examples: Sequence[Example]) -> Packed:
+def concatenate(examples: Sequence[Example | Packed]) -> Packed:
     """Put examples of one task one after another."""
     tokens: list[int] = []
     labels: list[int] = []
@@ -48,12 +48,12 @@ def concatenate(examples: Sequence[Example]) -> Packed:
     return Packed(tokens, labels, positions, examples[0].task)
 
 
-def pack(examples: Sequence[Example], length: int) -> list[Packed]:
-    """Distribute examples over rows of at most `length` tokens.
+def pack(examples: Sequence[Example | Packed], length: int) -> list[Packed]:
+    """Distribute examples, or rows of one document, over rows of at most `length` tokens.
 
     Best fit, longest first: each example goes where the least room is left. Deterministic.
     """
-    bins: list[list[Example]] = []
+    bins: list[list[Example | Packed]] = []
     room: list[tuple[int, int]] = []  # (tokens left, index of the bin), sorted
     for example in sorted(examples, key=lambda e: -len(e.tokens)):
         size = len(example.tokens)

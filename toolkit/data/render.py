@@ -66,6 +66,15 @@ class RenderReport:
     truncated: int = 0
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
+    def check(self, rows: Sequence[Row]) -> None:
+        """Refuse a data set of which nothing is left.
+
+        Raises:
+            DataError: all rows were left out.
+        """
+        if not self.kept:
+            raise DataError(f"{rows[0].place}: every row was skipped ({self.to_dict()['skipped']})")
+
     def to_dict(self) -> dict[str, int | dict[str, int]]:
         """Return the counts."""
         skipped = {reason: len(places) for reason, places in self.skipped.items()}
@@ -82,6 +91,8 @@ class Renderer:
         empty: what to do with a row in which no token is trained.
         train_on_inputs: train prompts as well as answers.
         context: most tokens that the model can take; by default any number.
+        whole: what is learned is about a text, not its tokens: no end token closes it, and only one without tokens
+            is empty.
     """
 
     def __init__(
@@ -93,11 +104,12 @@ class Renderer:
         *,
         train_on_inputs: bool = False,
         context: int | None = None,
+        whole: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length, self.context = min(max_length, context or max_length), context
         self.too_long, self.empty = too_long, empty
-        self.train_on_inputs = train_on_inputs
+        self.train_on_inputs, self.whole = train_on_inputs, whole
 
     def render_all(self, rows: Sequence[Row]) -> tuple[list[Example], RenderReport]:
         """Render every row.
@@ -105,13 +117,9 @@ class Renderer:
         Raises:
             DataError: a row that cannot be rendered, or all rows were left out.
         """
-        report = RenderReport(rows=len(rows))
-        examples = [example for row in rows if (example := self._render_counted(row, report))]
-        report.kept = len(examples)
-        report.tokens = sum(len(e.tokens) for e in examples)
-        report.trained = sum(e.num_trained for e in examples)
-        if not examples:
-            raise DataError(f"{rows[0].place}: every row was skipped ({report.to_dict()['skipped']})")
+        report = RenderReport()
+        examples = [example for row in rows for example in self.render_counted([row], report)]
+        report.check(rows)
         return examples, report
 
     def render(self, row: Row) -> Example:
@@ -121,24 +129,42 @@ class Renderer:
         if "prompt" in row.data or "completion" in row.data:
             return self._completion(row)
         if isinstance(row.data.get("text"), str):
-            tokens = self._with_end(self._encode(row.data["text"]))
+            tokens = self._encode(row.data["text"])
+            tokens = tokens if self.whole else self._with_end(tokens)
             return Example(tokens, list(tokens))
         raise DataError(f"{row.place}: expected {FORMS}, got {', '.join(row.data) or 'no fields'}")
 
-    def _render_counted(self, row: Row, report: RenderReport) -> Example | None:
-        example = self.render(row)
+    def render_counted(self, texts: Sequence[Row], report: RenderReport) -> list[Example]:
+        """Render the texts of one row, and count what became of it; one that is left out has no examples.
+
+        Raises:
+            DataError: a text that cannot be rendered.
+        """
+        report.rows += 1
+        examples = [self._cut(text.place, self.render(text), report) for text in texts]
+        if not examples or None in examples:
+            return []
+        kept = [example for example in examples if example is not None]
+        report.kept += 1
+        report.tokens += sum(len(e.tokens) for e in kept)
+        report.trained += sum(e.num_trained for e in kept)
+        return kept
+
+    def _cut(self, place: str, example: Example, report: RenderReport) -> Example | None:
+        """Return an example of a length that can be trained; `None` where the row is to be left out."""
         if len(example.tokens) > self.max_length:
             if self.too_long == "error":
-                raise DataError(f"{row.place}: {len(example.tokens)} tokens, but {self._limit()} truncate or skip")
+                raise DataError(f"{place}: {len(example.tokens)} tokens, but {self._limit()} truncate or skip")
             if self.too_long == "skip":
-                report.skipped.setdefault("too_long", []).append(row.place)
+                report.skipped.setdefault("too_long", []).append(place)
                 return None
             report.truncated += 1
             example = Example(example.tokens[: self.max_length], example.labels[: self.max_length])
-        if not example.num_trained:
+        if not (example.tokens if self.whole else example.num_trained):
             if self.empty == "error":
-                raise DataError(f"{row.place}: no token of this row is trained; set data.empty to skip to leave it out")
-            report.skipped.setdefault("empty", []).append(row.place)
+                what = "has no tokens" if self.whole else "no token of this row is trained"
+                raise DataError(f"{place}: {what}; set data.empty to skip to leave it out")
+            report.skipped.setdefault("empty", []).append(place)
             return None
         return example
 

@@ -44,7 +44,12 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
 
 
 def read_source(
-    source: str | Path, *, split: str = "train", subset: str | None = None, fields: Mapping[str, str] | None = None
+    source: str | Path,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    fields: Mapping[str, str] | None = None,
+    streaming: bool = False,
 ) -> Iterator[Row]:
     """Yield the rows of one file or data set.
 
@@ -53,22 +58,24 @@ def read_source(
         split: of a data set.
         subset: of a data set that has several; also called its configuration.
         fields: the source's own name of a field, by the name that it gets; other fields keep theirs.
+        streaming: fetch a data set of the hub as its rows are asked for, instead of all of it first.
 
     Raises:
         As `read_rows`, and DataError where a field is not there.
     """
     path = Path(source).expanduser()
     found = False
-    for data, place in _numbered(str(source), path, split, subset):
+    for data, place in _numbered(str(source), path, split, subset, streaming):
         found = True
         yield Row(_renamed(data, fields, place) if fields else data, place)
     if not found:
         raise DataError(f"{path}: the file has no rows")
 
 
-def _numbered(source: str, path: Path, split: str, subset: str | None) -> Numbered:
+def _numbered(source: str, path: Path, split: str, subset: str | None, streaming: bool) -> Numbered:
     if path.is_dir() or (not path.exists() and _is_hub_id(source)):
-        return read_dataset(str(path) if path.is_dir() else source, split=split, subset=subset)
+        name = str(path) if path.is_dir() else source
+        return read_dataset(name, split=split, subset=subset, streaming=streaming)
     if not path.is_file():
         raise MissingError(f"{path}: no such data file")
     if path.suffix.lower() in CSV:

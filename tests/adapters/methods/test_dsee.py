@@ -25,6 +25,7 @@ from tests.adapters.laws import (
     randomise,
     save,
 )
+from toolkit.adapters.methods._decompose import low_rank_plus_sparse
 from toolkit.adapters.methods._masks import pack_bits, smallest, unpack_bits
 from toolkit.adapters.methods.dsee import DseeConfig, DseeLinear, prune, prune_units, unit_penalty
 from toolkit.errors import UnsupportedError
@@ -250,7 +251,7 @@ def test_bits_are_packed_as_numpy_does(count):
     [
         ({"r": 0, "num_sparse": 0}, "there is one of r"),
         ({"r": -1}, "at least 0"),
-        ({"support": "guess"}, "support is one of decomposition, magnitude, random, not 'guess'"),
+        ({"support": "guess"}, "support is one of decomposition, grebsmo, magnitude, random, not 'guess'"),
         ({"sparsity": 1.0}, "below 1"),
     ],
 )
@@ -275,3 +276,22 @@ def test_what_does_not_fit_says_so():
         layers(model)[0].low_rank("default")
     assert all(later > earlier for earlier, later in pairwise(layers(model)[0].dsee_index["default"].tolist()))
     assert config_of("dsee").num_sparse == 64
+
+
+def test_a_planted_low_rank_and_sparse_sum_is_taken_apart():
+    """All planted entries are found, where what a plain decomposition leaves hides a part of them."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((60, 3), (3, 40)))
+    left = 0.3 * left
+    planted = torch.randperm(2400, generator=generator)[:120].sort().values
+    matrix = left @ right
+    matrix.view(-1)[planted] += 6 * torch.randn(120, generator=generator, dtype=torch.float64).sign()
+    smooth, places = low_rank_plus_sparse(matrix, 3, 120, seed=0)
+    assert torch.equal(places, planted)
+    close(smooth, left @ right, 1e-6)
+    u, s, v = torch.linalg.svd(matrix)
+    once = (matrix - (u[:, :3] * s[:3]) @ v[:3]).abs().flatten().topk(120).indices.sort().values
+    assert not torch.equal(once, planted)
+    model = attach(tiny.llama(), "dsee", r=2, num_sparse=9, support="grebsmo")
+    layer = next(m for m in model.modules() if isinstance(m, DseeLinear))
+    assert torch.equal(layer.tensor("default", "index"), low_rank_plus_sparse(layer.base_weight, 2, 9, seed=0)[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -89,10 +90,21 @@ class Tuner(BaseTuner):
             raise ValueError(f"{current_key}: {error}") from None
         if layer is not target:
             layer.set_adapter(self.active_adapters)
-            setattr(parent, target_name, layer)
+            # A sublayer may be adapted as well as what is in it.
+            setattr(parent.get_base_layer() if isinstance(parent, AdapterLayer) else parent, target_name, layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AdapterLayer):
+            child.leave()
         setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Return what a checkpoint calls a tensor: without the adapter's name after that of the method's own part.
+
+        PEFT looks for the name at the end alone, where it is not once a part is a module of modules.
+        """
+        return re.sub(rf"(\.{re.escape(cls.prefix)}[^.]*)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key, count=1)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

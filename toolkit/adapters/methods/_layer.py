@@ -48,7 +48,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         base_layer: what is adapted: a linear, or where `TAKES` says so any module from one tensor to one tensor.
     """
 
-    TAKES: ClassVar[Literal["linear", "any"]] = "linear"
+    TAKES: ClassVar[Literal["linear", "any", "decoder"]] = "linear"
     TRAINED: ClassVar[tuple[str, ...]] = ()
     """Tensors that are trained; in a checkpoint `{method}_{name}`."""
     STORED: ClassVar[tuple[str, ...]] = ()
@@ -112,6 +112,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def folds(self, adapter: str) -> bool:
         """Tell whether an adapter is a change of weights, so that `fold` returns it."""
         return True
+
+    def leave(self) -> None:
+        """Take back what a method did to modules inside of its own; called when the layer is taken off."""
 
     # What a method uses.
 

@@ -33,7 +33,7 @@ SUBLAYERS: dict[Place, tuple[str, ...]] = {
 }
 """What decoders of transformers call their sublayers."""
 
-_FUNCTIONS: dict[str, Any] = {
+FUNCTIONS: dict[str, Any] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
     "silu": functional.silu,
@@ -153,7 +153,7 @@ class UnifiedLayer(AdapterLayer):
         inner = functional.linear(
             x if design.insertion == "parallel" else y, self.tensor(adapter, "down"), self._bias(adapter)
         )
-        inner = inner if design.activation == "identity" else _FUNCTIONS[design.activation](inner)
+        inner = inner if design.activation == "identity" else FUNCTIONS[design.activation](inner)
         return functional.linear(inner, self.tensor(adapter, "up"), self._bias(adapter, "up_bias")) * design.scale
 
     def _bias(self, adapter: str, name: str = "down_bias") -> Tensor | None:

@@ -23,10 +23,11 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from toolkit.adapters.methods._base import AdapterConfig, AdapterLayer, LowRank, Site, WeightChange, register, uniform
+from toolkit.adapters.methods._decompose import low_rank_plus_sparse
 from toolkit.adapters.methods._masks import pack_bits, smallest, unpack_bits
 from toolkit.errors import UnsupportedError
 
-Support = Literal["decomposition", "magnitude", "random"]
+Support = Literal["decomposition", "grebsmo", "magnitude", "random"]
 
 _EXACT = 1024
 """Smaller side of a matrix up to which its decomposition is exact."""
@@ -40,8 +41,9 @@ class DseeConfig(AdapterConfig):
         r: rank of U V; 0 leaves it out.
         alpha: U V is multiplied with `alpha / r`.
         num_sparse: entries of S2 in every weight; 0 leaves it out.
-        support: their places: the largest entries of what a rank `r` leaves of the weight (`decomposition`), those of
-            the weight (`magnitude`), or `random` ones.
+        support: their places: the largest entries of what a rank `r` leaves of the weight (`decomposition`); the same
+            with the rank found beside the entries and not before them, as the paper does (`grebsmo`); those of the
+            weight (`magnitude`); or `random` ones.
         units: ends of module names -> width of a unit of their inputs, such as `{o_proj: 64}` for heads of that size.
         sparsity: share of the base that is pruned; `prune` writes it.
         seed: of the decomposition and of random places.
@@ -103,6 +105,8 @@ class DseeLinear(AdapterLayer):
         if config.support == "random":
             return torch.randperm(inputs * outputs, generator=generator)[: config.num_sparse].sort().values
         rest = self.base_weight
+        if config.support == "grebsmo" and config.r:
+            return low_rank_plus_sparse(rest, config.r, config.num_sparse, config.seed)[1].cpu()
         if config.support == "decomposition" and config.r:
             rest = rest - _truncated(rest, config.r, config.seed)
         return rest.abs().flatten().topk(config.num_sparse).indices.sort().values.cpu()
