@@ -17,12 +17,14 @@ import pytest
 from nbclient import NotebookClient
 
 from toolkit.adapters.train import train
+from toolkit.adapters.transfer.trans_lora import transfer
 from toolkit.cli import main
 from toolkit.jobs.evaluate import evaluate
 from toolkit.jobs.quickstart import NEXT, quickstart
 from toolkit.jobs.recipe import run_recipe
 from toolkit.jobs.route import evaluate_router
 from toolkit.jobs.search.run import search
+from toolkit.merge.learning.learn import learn
 from toolkit.merge.moe.build import build_moe
 from toolkit.merge.run import merge
 from toolkit.routing.router import fit_router
@@ -64,6 +66,10 @@ def run_by_kind(path: Path, out: Path) -> None:
         serve_smoke(path, out)
     elif path.name == "evaluate.yaml":
         evaluate_router(path, out, smoke=True, quiet=True)
+    elif path.name.startswith("learn"):
+        learn(path, out, smoke=True, quiet=True)
+    elif path.name == "trans_lora.yaml":
+        transfer(path, out, smoke=True, quiet=True)
     elif path.name in ("moe.yaml", "search.yaml"):
         {"moe.yaml": build_moe, "search.yaml": search}[path.name](path, out, smoke=True, quiet=True)
     else:
@@ -159,7 +165,8 @@ def test_snippet_runs(name, language, text, here):
             assert (here / "quickstart").is_dir()
         elif line.startswith("toolkit"):
             words = _words(line)
-            smoke = ["--smoke"] if words[0] not in ("inspect", "skills", "extract") and "explain" not in words else []
+            whole = words[0] in ("adapters", "inspect", "skills", "extract") or "explain" in words
+            smoke = [] if whole else ["--smoke"]
             assert main([*words, *smoke]) == 0, line
         else:
             assert line.startswith(("make ", "git ", "cd ", "curl ", "pip ", "#")) or not line, line
@@ -192,4 +199,4 @@ def test_notebook_uses_every_public_function():
 
     source = (ROOT / "notebooks" / "tour.ipynb").read_text()
     unused = {n for n in toolkit.__all__ if n[0].islower() and f"toolkit.{n}(" not in source}
-    assert unused <= {"align", "load_model", "load_router", "quickstart", "serve"}, unused
+    assert unused <= {"align", "learn", "load_model", "load_router", "quickstart", "serve"}, unused

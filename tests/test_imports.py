@@ -28,7 +28,7 @@ ONLY_IN = {
     "matplotlib": ["jobs/plots.py", "jobs/inspect.py", "adapters/plots.py"],
     "datasets": ["data/formats.py"],
     "pyarrow": ["data/formats.py"],
-    "cmaes": ["jobs/search/methods.py"],
+    "cmaes": ["jobs/search/methods.py", "merge/learning/evolve.py"],
     "scipy": ["merge/align/"],
     "peft": ["adapters/"],
     "triton": ["kernels/"],

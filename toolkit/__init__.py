@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from toolkit.jobs.search.run import search
     from toolkit.jobs.skills import write_skills
     from toolkit.merge.extract import extract
+    from toolkit.merge.learning.learn import learn
     from toolkit.merge.moe.build import build_moe
     from toolkit.merge.plan import make_plan as plan_merge
     from toolkit.merge.record import verify as verify_merge
@@ -42,6 +43,7 @@ _PUBLIC = {
     "extract": "toolkit.merge.extract:extract",
     "fit_router": "toolkit.routing.router:fit_router",
     "inspect": "toolkit.jobs.inspect:inspect",
+    "learn": "toolkit.merge.learning.learn:learn",
     "load_model": "toolkit.models.load:load_model",
     "load_router": "toolkit.routing.router:load_router",
     "merge": "toolkit.merge.run:merge",
@@ -68,6 +70,7 @@ __all__ = [
     "extract",
     "fit_router",
     "inspect",
+    "learn",
     "load_model",
     "load_router",
     "merge",

@@ -1,55 +1,39 @@
 """The command line: one file per command, each parses, calls one function and prints.
 
-Importing this package imports typer alone; what a command needs is imported when it runs.
+A command's file is imported when the command is called, or help is asked for; what it needs, when it runs.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import typer
 
-from toolkit.cli import (
-    align,
-    evaluate,
-    extract,
-    inspect,
-    merge,
-    moe,
-    quickstart,
-    recipe,
-    route,
-    search,
-    serve,
-    skills,
-    train,
-)
 from toolkit.errors import SpecError, ToolkitError
 
 FAILED, WRONG_SPEC = 1, 2
 """Exit codes: something failed; the command line or a spec is wrong. An interrupted command ends with 130."""
 
-app = typer.Typer(
-    name="toolkit",
-    help="Compose language models that share a base: merge, train adapters, route, serve.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
-app.command("quickstart")(quickstart.quickstart)
-app.command("train")(train.train)
-app.command("merge")(merge.merge)
-app.command("search")(search.search)
-app.command("extract")(extract.extract)
-app.command("moe")(moe.moe)
-app.command("align")(align.align)
-app.add_typer(route.app, name="route")
-app.command("serve")(serve.serve)
-app.command("evaluate")(evaluate.evaluate)
-app.command("inspect")(inspect.inspect)
-app.command("run")(recipe.run)
-app.command("skills")(skills.skills)
+COMMANDS = {
+    "quickstart": "quickstart:quickstart",
+    "train": "train:train",
+    "adapters": "adapters:app",
+    "merge": "merge:merge",
+    "search": "search:search",
+    "learn": "learn:learn",
+    "extract": "extract:extract",
+    "moe": "moe:moe",
+    "align": "align:align",
+    "route": "route:app",
+    "serve": "serve:serve",
+    "evaluate": "evaluate:evaluate",
+    "inspect": "inspect:inspect",
+    "run": "recipe:run",
+    "skills": "skills:skills",
+}
+"""Commands -> module of this package, and its function or group of commands; help lists them in this order."""
 
 
 def _version(wanted: bool) -> None:
@@ -60,17 +44,35 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     pass
 
 
+def _app(names: Iterable[str]) -> typer.Typer:
+    """Return the command line with some of its commands."""
+    app = typer.Typer(
+        name="toolkit",
+        help="Compose language models that share a base: merge, train adapters, route, serve.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    app.callback()(_options)
+    for name in names:
+        module, _, attribute = COMMANDS[name].partition(":")
+        command = getattr(importlib.import_module(f"toolkit.cli.{module}"), attribute)
+        app.add_typer(command, name=name) if isinstance(command, typer.Typer) else app.command(name)(command)
+    return app
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code. A user's mistake prints one error and no traceback."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    named = given[0] if given and given[0] in COMMANDS else None
     try:
-        app(list(arguments) if arguments is not None else None)
+        _app([named] if named else COMMANDS)(given)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except SpecError as error:

@@ -31,6 +31,7 @@ KINDS = {
     "merge": Job("toolkit.merge.run:merge", "toolkit.merge.spec:MergeSpec"),
     "moe": Job("toolkit.merge.moe.build:build_moe", "toolkit.merge.moe.spec:MoeSpec"),
     "search": Job("toolkit.jobs.search.run:search", "toolkit.jobs.search.spec:SearchSpec"),
+    "learn": Job("toolkit.merge.learning.learn:learn", "toolkit.merge.learning.spec:LearnSpec"),
     "extract": Job("toolkit.merge.extract:run_extract", "toolkit.merge.extract:ExtractSpec"),
     "route": Job("toolkit.routing.router:fit_router", "toolkit.routing.spec:RouteSpec"),
     "evaluate": Job("toolkit.jobs.evaluate:evaluate", "toolkit.evaluation.spec:EvaluateSpec"),
@@ -39,7 +40,7 @@ KINDS = {
 """Every job by its name."""
 
 
-RESUMABLE = ("train", "merge", "search")
+RESUMABLE = ("train", "merge", "search", "learn")
 """Jobs that go on from where a kill left them."""
 
 
