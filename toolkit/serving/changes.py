@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 
 class Change(Protocol):
@@ -26,6 +26,13 @@ class Change(Protocol):
     def outputs(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return what the changed module gives for `x`, where it gives `y` unchanged."""
         ...
+
+
+def with_parameters(module: nn.Module, parameters: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return the module with other parameters; unlike `functional_call`, it leaves the module itself alone."""
+    other = copy.copy(module)
+    other._parameters = {**module._parameters, **parameters}  # pyright: ignore[reportAttributeAccessIssue]
+    return other
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Replaced:
 
     def outputs(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """See `Change`."""
-        return functional_call(module, dict(self.parameters), (x,))
+        return with_parameters(module, self.parameters)(x)
 
 
 class Recipe(Protocol):
@@ -91,7 +98,7 @@ class Rebuilt:
     def outputs(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """See `Change`."""
         own = dict(module.named_parameters())
-        return functional_call(module, {name: recipe.make(own[name]) for name, recipe in self.recipes.items()}, (x,))
+        return with_parameters(module, {name: recipe.make(own[name]) for name, recipe in self.recipes.items()})(x)
 
 
 @dataclass(frozen=True)

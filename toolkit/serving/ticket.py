@@ -36,7 +36,7 @@ class Answer:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Ticket:
     """A request as its submitter sees it.
 

@@ -125,6 +125,7 @@ class PagedPairs:
         if len(pages) != self.pages_for(pairs):
             raise ValueError(f"the adapter takes {self.pages_for(pairs)} pages, not {len(pages)}")
         assert slot not in self._lists, f"slot {slot} is taken"
+        self._forget(slot)
         self._lists[slot] = self._copy(_matrices(pairs), list(pages))
         ranks = [0 if pair is None else len(pair.a_rK) for pair in pairs]
         self._sides[0, RANK, slot] = sum(ranks)
@@ -144,11 +145,15 @@ class PagedPairs:
         """Forget the adapter of a slot; its pages are the caller's again."""
         del self._lists[slot], self.versions[slot], self._ranks[slot]
         self.plain.discard(slot)
-        for linear in range(len(self.widths) - 1):
-            self._pairs.pop((slot, linear), None)
+        self._forget(slot)
         self._sides[:, :, slot] = 0
         self._extras[:, :, slot] = -1
         self._upload()
+
+    def _forget(self, slot: int) -> None:
+        """Drop what was read of a slot, be it that there was nothing."""
+        for linear in range(len(self.widths) - 1):
+            self._pairs.pop((slot, linear), None)
 
     def ranks_of(self, slot: int) -> tuple[int, ...]:
         """Return an adapter's rank at each linear."""

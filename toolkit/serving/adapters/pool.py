@@ -230,12 +230,14 @@ class AdapterPool:
 
     def hold(self, mix: Mix) -> None:
         """See `Residents`."""
-        for entry in (self._entries[key] for key in mix.keys):
-            if entry.block is None:
-                self._place(entry, self.host.get(entry.source.key))
-            else:
+        entries = [self._entries[key] for key in mix.keys]
+        missing = [entry for entry in entries if entry.block is None]
+        for entry in entries:
+            if entry.block is not None:  # before others are placed, which could push it out
                 self.num_hits += 1
                 self.pool.hold(entry.block)
+        for entry in missing:
+            self._place(entry, self.host.get(entry.source.key))
 
     def release(self, mix: Mix) -> None:
         """See `Residents`."""
