@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     MistralConfig,
@@ -23,6 +25,8 @@ from transformers import (
     Olmo3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from tests import tiny
@@ -151,10 +155,14 @@ def other_models() -> dict[str, object]:
         "gpt2": GPT2LMHeadModel(gpt2).eval(),
         "mixtral": MixtralForCausalLM(MixtralConfig(**shared, num_local_experts=4)).eval(),
         "gemma2": Gemma2ForCausalLM(gemma2).eval(),
+        "gemma3": Gemma3ForCausalLM(
+            Gemma3TextConfig(**shared, head_dim=8, sliding_window=9, tie_word_embeddings=False)
+        ).eval(),
+        "qwen3": Qwen3ForCausalLM(Qwen3Config(**shared, head_dim=8)).eval(),
     }
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gpt2", "mixtral", "gemma2"])
+@pytest.mark.parametrize("kind", ["mistral", "gpt2", "mixtral", "gemma2", "gemma3", "qwen3"])
 def test_other_architectures(kind, tmp_path):
     base = tiny.save_model(other_models()[kind], tmp_path / "base")
     targets = {
@@ -162,8 +170,15 @@ def test_other_architectures(kind, tmp_path):
         "mixtral": {"target_modules": ["q_proj", "v_proj"]},
     }
     options = targets.get(kind, {})
+    more = {
+        "gpt2": {"bias": "all"},
+        "mixtral": {"modules_to_save": ["lm_head", "norm"]},
+        "gemma3": {"target_modules": ["embed_tokens", "q_proj"]},
+        "qwen3": {"target_modules": ["q_proj"], "modules_to_save": ["q_norm", "k_norm"]},
+    }
     adapters = {n: tiny.save_lora(base, tmp_path / n, seed=i, **options) for i, n in enumerate("ab")}
-    requests = [(p, name) for p, name in zip(prompts_of(6, longest=40), ["a", "base", "b"] * 2, strict=True)]
+    adapters["c"] = tiny.save_lora(base, tmp_path / "c", seed=7, **(options | more.get(kind, {"use_dora": True})))
+    requests = [(p, name) for p, name in zip(prompts_of(8, longest=40), ["a", "base", "b", "c"] * 2, strict=True)]
     with Engine(str(base), adapters, limits=Limits(max_batch_tokens=32, max_requests=8)) as engine:
         check(base, adapters, engine, requests)
 

@@ -34,6 +34,7 @@ from toolkit.serving.mix import AUTO, BASE, Mix, parse_model
 from toolkit.serving.pages import PagePool
 from toolkit.serving.preemption import SwapSpace
 from toolkit.serving.prefix import PrefixCache
+from toolkit.serving.prefix_groups import batch_order
 from toolkit.serving.prompts import Prompt, encode_prompt
 from toolkit.serving.request import Delta, FinishReason, Request, Sampling, TokenLogprob
 from toolkit.serving.runner import Runner
@@ -462,16 +463,24 @@ class Engine:
             RequestError: a prompt cannot be answered; the others are given up.
         """
         names = [models] * len(prompts) if isinstance(models, str) else list(models)
-        tickets: list[Ticket] = []
+        tickets: dict[int, Ticket] = {}
         try:
-            for prompt, name in zip(prompts, names, strict=True):
-                tickets.append(self.submit(prompt, name, sampling))
-            while any(ticket.request.finished is None for ticket in tickets):
+            for index in self._batch_order(prompts, names, sampling or Sampling()):
+                tickets[index] = self.submit(prompts[index], names[index], sampling)
+            while any(ticket.request.finished is None for ticket in tickets.values()):
                 self.step()
         finally:
-            for ticket in tickets:
+            for ticket in tickets.values():
                 self.cancel(ticket)  # leaves the finished alone
-        return [ticket.answer() for ticket in tickets]
+        return [tickets[index].answer() for index in range(len(prompts))]
+
+    def _batch_order(self, prompts: Sequence[Prompt], names: Sequence[str], sampling: Sampling) -> list[int]:
+        """Return the order in which prompts are submitted: that in which most is shared."""
+        if len(prompts) != len(names):
+            raise ValueError(f"{len(prompts)} prompts for {len(names)} models")
+        ids = [encode_prompt(self.tokenizer, prompt, self.runner.vocabulary)[0] for prompt in prompts]
+        limit = sampling.max_tokens or self.default_max_tokens
+        return batch_order(ids, [limit] * len(ids), names, self.scheduler.pool.page_size)
 
     @contextmanager
     def using(self, name: str) -> Iterator[PreTrainedModel]:

@@ -22,6 +22,7 @@ from toolkit.serving.http.generate import generate_routes
 from toolkit.serving.http.limits import Queue
 from toolkit.serving.http.metrics import Metrics
 from toolkit.serving.http.middleware import BodyLimit, Gate, RateLimit, Recorder
+from toolkit.serving.http.page import Page
 from toolkit.serving.http.roots import Roots
 from toolkit.serving.http.token_texts import TokenTexts
 from toolkit.serving.http.writer import model_entry, model_list
@@ -67,6 +68,7 @@ def build_app(engine: Engine, access: Access | None = None) -> FastAPI:
     app.add_middleware(BodyLimit, most=access.max_body)
     app.add_middleware(RateLimit, per_minute=access.requests_per_minute)
     app.add_middleware(Gate, keys=access.api_keys)
+    app.add_middleware(Page)
     app.add_middleware(Recorder, metrics=metrics)
     queue = Queue(engine.scheduler.max_requests, access.max_waiting)
     # A tokenizer cannot be used by two threads at once, and the engine's is the engine's.

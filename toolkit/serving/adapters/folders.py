@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +36,17 @@ def check_unchanged(folder: Path, key: str, source: str) -> None:
         raise CheckpointError(f"{source}: was changed since it was loaded; load it anew")
 
 
+def check_shape(shape: Sequence[int], name: str, target: Target, source: str) -> None:
+    """Refuse a parameter of another shape than the model's.
+
+    Raises:
+        CheckpointError: it has one.
+    """
+    own = target.parameters[name].shape
+    if tuple(shape) != tuple(own):
+        raise CheckpointError(f"{source}: stores {name} as {list(shape)}, but in the served model it is {list(own)}")
+
+
 def by_module(values: Mapping[str, torch.Tensor], target: Target, source: str) -> dict[str, dict[str, torch.Tensor]]:
     """Sort parameters by their modules, leaving out those that are the served model's own.
 
@@ -49,11 +60,8 @@ def by_module(values: Mapping[str, torch.Tensor], target: Target, source: str) -
     for name, value in values.items():
         if name not in target.parameters:
             raise CheckpointError(f"{source}: stores {name}, which the served model does not have")
+        check_shape(value.shape, name, target, source)
         own = target.parameters[name].detach().cpu()
-        if value.shape != own.shape:
-            raise CheckpointError(
-                f"{source}: stores {name} as {list(value.shape)}, but in the served model it is {list(own.shape)}"
-            )
         value = value.to(own.dtype)
         if not torch.equal(value, own):
             for also in (name, *(other for other in target.tied(name) if other not in values)):

@@ -22,7 +22,7 @@ from toolkit.checkpoints.reader import open_checkpoint
 from toolkit.errors import CheckpointError
 from toolkit.kernels.grouped_lora import Pair
 from toolkit.serving.adapters.contents import Contents, Source
-from toolkit.serving.adapters.folders import by_module, check_unchanged, folder_hash
+from toolkit.serving.adapters.folders import by_module, check_shape, check_unchanged, folder_hash
 from toolkit.serving.adapters.target import Target
 from toolkit.serving.changes import Change, Rebuilt, Replaced
 
@@ -70,6 +70,8 @@ class CheckpointSource(_TunedSource):
             missing = [name for name in target.parameters if not any(map(checkpoint.has, (name, *target.tied(name))))]
             if missing:
                 raise CheckpointError(f"{source}: lacks {missing[0]}, so it is no fine-tune of the served model")
+            for name in filter(checkpoint.has, target.parameters):
+                check_shape(checkpoint.info(name).shape, name, target, source)
         self.description = "full fine-tune"
 
     @override
