@@ -53,6 +53,7 @@ class PagedPairs:
         ranks: `[S]`, inner products of a row with each slot, on the host.
         versions: of each slot that is taken, a number that no other adapter had or will have.
         plain: slots whose adapter only adds a product.
+        doras: slots whose adapter rescales an output.
     """
 
     def __init__(self, pool: torch.Tensor, in_features: int, out_features: Sequence[int], num_slots: int) -> None:
@@ -74,6 +75,7 @@ class PagedPairs:
         self._used = 0
         self.versions: dict[int, int] = {}
         self.plain: set[int] = set()
+        self.doras: set[int] = set()
         self._ranks: dict[int, tuple[int, ...]] = {}
         self._placed = itertools.count()
         self._upload()
@@ -138,6 +140,8 @@ class PagedPairs:
         self.versions[slot], self._ranks[slot] = next(self._placed), tuple(ranks)
         if (self._extras[:, :, slot] < 0).all():
             self.plain.add(slot)
+        if (self._extras[:, GAIN, slot] >= 0).any():
+            self.doras.add(slot)
         self._append(slot)
         self._upload()
 
@@ -145,6 +149,7 @@ class PagedPairs:
         """Forget the adapter of a slot; its pages are the caller's again."""
         del self._lists[slot], self.versions[slot], self._ranks[slot]
         self.plain.discard(slot)
+        self.doras.discard(slot)
         self._forget(slot)
         self._sides[:, :, slot] = 0
         self._extras[:, :, slot] = -1

@@ -91,6 +91,8 @@ class Routes:
 
     def check_dora(self, pairs: PagedPairs) -> None:
         """Raise `ValueError` where a DoRA is weighted, or shares its row with another adapter."""
+        if pairs.doras.isdisjoint(self.by_slot):
+            return
         dora = (self.slots >= 0) & pairs.is_dora[self.slots]
         shared = (self.slots >= 0).sum(axis=1, keepdims=True) > 1
         if (dora & (shared | (self.weights != 1))).any():
