@@ -13,7 +13,7 @@ import triton
 from tests.kernels.harness import compile_in_process
 from toolkit.kernels.launch import GENERATIONS
 
-CASES = ["decode", "decode_float32", "prefill", "prefill_float32", "backward", "embedding"]
+LORA = ["decode", "decode_float32", "prefill", "prefill_float32", "backward", "embedding"]
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
 
 

@@ -172,7 +172,7 @@ def problems(
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             key = str(trail[-1])
-            known = _fields_at(model, trail[:-1])
+            known = _fields_at(model, trail[:-1]) | _fields_at(model, item["loc"][:-1])
             message = f"unknown key {key!r}{did_you_mean(key, known)}"
             if known and "did you mean" not in message:
                 message += f" (known: {', '.join(sorted(known))})"

@@ -48,6 +48,19 @@ class Table:
         lines = [list(self.columns), rule, *self.texts()]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
+    def to_text(self) -> str:
+        """Return aligned columns, as wide as they need to be."""
+        head, *rows = lines = [list(self.columns), *self.texts()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        right = [self._is_number(i) for i in range(len(head))]
+
+        def line(cells: Sequence[str]) -> str:
+            padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+            return "  ".join(padded).rstrip()
+
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([*([self.title] if self.title else []), line(head), rule, *map(line, rows)])
+
     def to_dicts(self) -> list[dict[str, Cell]]:
         """Return one dict per row, keyed by column."""
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]

@@ -479,6 +479,62 @@ def test_inputs_of_every_kind_are_rows(base, loras, planted, tmp_path):
     )
 
 
+def test_a_merge_spec_with_a_search_is_one(base, loras, planted, tmp_path, capsys):
+    apart = spec_of(base, loras, planted, search={"budget": 7})
+    spec = apart.pop("merge") | apart
+    search(spec_of(base, loras, planted, search={"budget": 7}), tmp_path / "apart", quiet=True)
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    assert main(["search", str(tmp_path / "spec.yaml"), str(tmp_path / "out"), "-q"]) == 0
+    for name in ("history.jsonl", "best.yaml", "results.md", "merged/adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "apart" / name).read_bytes()
+    assert main(["merge", str(tmp_path / "spec.yaml"), str(tmp_path / "merged"), "-q"]) == 2
+    assert "search: its coefficients are to be tuned first, by `toolkit search SPEC OUT`" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_faults_of_a_merge_spec_with_a_search_are_at_its_own_keys(base, loras, planted, tmp_path):
+    apart = spec_of(base, loras, planted)
+    spec = apart.pop("merge") | apart
+    spec["models"][1]["model"] = str(tmp_path / "nowhere")
+    text = yaml.safe_dump(spec, sort_keys=False)
+    (tmp_path / "s.yaml").write_text(text)
+    line = 1 + next(i for i, row in enumerate(text.splitlines()) if "nowhere" in row)
+    with pytest.raises(SpecError, match=rf"line {line}: models\[1\]\.model: .*nowhere"):
+        search(tmp_path / "s.yaml", tmp_path / "out", quiet=True)
+    with pytest.raises(SpecError, match="paramters: unknown key 'paramters'; did you mean 'parameters'"):
+        search(spec | {"paramters": {}}, tmp_path / "out", quiet=True)
+    with pytest.raises(SpecError, match="taskz: unknown key 'taskz'; did you mean 'tasks'"):
+        search(spec | {"taskz": {}}, tmp_path / "out", quiet=True)
+    with pytest.raises(SpecError, match=r"models\[0\]\.wieght: unknown key 'wieght'"):
+        search(spec | {"models": [{"model": "a", "wieght": 1}]}, tmp_path / "out", quiet=True)
+
+
+def test_a_merge_may_be_an_input(base, loras, planted, tmp_path):
+    """Its row is what it would score if it were written out, and its own numbers can be free."""
+    inner = merge_spec(base, loras, (0.3, 0.9), output={"type": "checkpoint"})
+    del inner["output"]
+    models = [
+        {"model": inner, "parameters": {"weight": 0.5}},
+        {"model": str(loras["plain"]), "parameters": {"weight": 1}},
+    ]
+    merge = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
+    tasks = {"t": {"data": str(planted["tune"]), "metric": "perplexity"}}
+    free = "models[0].model.models[1].parameters.weight"
+    options = {"method": "random", "budget": 3, "parameters": [free]}
+    spec = {"merge": merge, "tasks": tasks, "search": options, "merged": False, "device": "cpu"}
+    result = search(spec, tmp_path / "out", quiet=True)
+    assert list(result.best) == [free]
+    label = "models[0].model (task_arithmetic of 2)"
+    assert list(result.numbers["scores"]) == ["base", loras["plain"].name, label, "untuned merge", "tuned merge"]
+    (tmp_path / "inner.yaml").write_text(yaml.safe_dump(inner))
+    wanted = score_of_spec(tmp_path / "inner.yaml", base, tasks["t"], tmp_path / "inner")
+    assert result.numbers["scores"][label]["t"] == wanted
+    again = score_of_spec(tmp_path / "out" / "best.yaml", base, tasks["t"], tmp_path / "again")
+    assert again == result.numbers["tuning"]["tuned"]["scores"]["t"]
+    with pytest.raises(SpecError, match=r"merge\.base_model: a folder or a hub id is needed"):
+        search(spec | {"merge": merge | {"base_model": inner}}, tmp_path / "no", quiet=True)
+
+
 def test_command_line_without_a_spec(base, loras, planted, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     models = [f"--adapter=a={loras['plain']}", f"--adapter=b={loras['rslora']}"]
@@ -596,7 +652,7 @@ def test_faults_of_a_file_have_lines_and_models_in_memory_are_refused(base, lora
     with pytest.raises(SpecError, match=rf"line {line}: merge\.models\[1\]\.model: .*nowhere"):
         search(tmp_path / "s.yaml", tmp_path / "out", quiet=True)
     spec["merge"]["models"][1]["model"] = tiny.load_merged(base, None)
-    with pytest.raises(SpecError, match="merge: every model of a search is a folder or a hub id"):
+    with pytest.raises(SpecError, match=r"merge\.models\[1\]\.model: a folder or a hub id is needed"):
         search(spec, tmp_path / "out", quiet=True)
     with pytest.raises(SpecError, match="out: required"):
         search(spec_of(base, loras, planted), quiet=True)

@@ -148,3 +148,18 @@ def test_same_bytes_however_a_merge_is_run(method, family, tmp_path):
 def test_unknown_method_is_answered_with_the_nearest():
     with pytest.raises(UnsupportedError, match=r"unknown merge method 'tise'; did you mean 'ties'\? \(known: "):
         load_method("tise")
+
+
+@pytest.mark.parametrize("method", [name for name in NAMES if load_method(name).uses_all])
+@pytest.mark.parametrize("shape", [(12, 9), (40,)], ids=str)
+def test_nothing_that_is_not_finite_gets_lost_in_a_method_that_uses_all(method, shape):
+    found, loaded = example(method), load_method(method)
+    for index in range(found.models):
+        params = dict(found.params)
+        if "weight" in loaded.per_model:
+            params["weight"] = tuple(float(i != index) for i in range(found.models))
+        for bad in (np.nan, np.inf, -np.inf):
+            x = models(method, shape)
+            x[index].reshape(-1)[7] = bad
+            with np.errstate(invalid="ignore"):
+                assert not np.isfinite(run(method, x, **params)).all(), (index, bad)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from toolkit.checkpoints.adapters import LowRank, open_adapter
-from toolkit.errors import SpecError
+from toolkit.errors import CheckpointError, SpecError
 from toolkit.merge.lowrank import factor, recompress
 from toolkit.merge.run import merge
 
@@ -114,3 +118,25 @@ def test_what_no_lora_can_hold_is_refused(base, loras, tmp_path):
         merge(spec, tmp_path / "out", quiet=True)
     assert "models[1].model: stores lm_head.weight whole" in str(caught.value)
     assert "models[2].model: output.type is adapter, so every model must be a LoRA" in str(caught.value)
+
+
+def test_nan_in_an_adapter_is_named(base, loras, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(loras["plain"], broken)
+    stored = load_file(broken / "adapter_model.safetensors")
+    name = sorted(stored)[3]
+    stored[name][0, 2] = torch.nan
+    save_file(stored, broken / "adapter_model.safetensors")
+    spec = spec_of(base, loras | {"broken": broken}, "task_arithmetic", ("wide", "broken"))
+    with pytest.raises(CheckpointError, match=f"broken: {re.escape(name)} holds NaN or infinity"):
+        merge(spec, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_joins_the_models_is_no_lora(base, loras, tmp_path):
+    """It counts in the average, where its change is 0."""
+    spec = spec_of(base, loras, "linear", ("plain",), models=[{"model": str(loras["plain"])}])
+    merge(spec | {"parameters": {"weight": 1}}, tmp_path / "out", quiet=True)
+    got, part = deltas(base, tmp_path / "out"), deltas(base, loras["plain"])
+    for name, value in got.items():
+        torch.testing.assert_close(value, part[name] / 2, rtol=1e-4, atol=1e-5)

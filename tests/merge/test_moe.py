@@ -33,11 +33,13 @@ from tests import tiny
 from toolkit.checkpoints.reader import open_checkpoint
 from toolkit.cli import main
 from toolkit.errors import OutputError, SpecError
+from toolkit.merge.extract import extract
 from toolkit.merge.moe.build import build_moe
 from toolkit.merge.moe.gates import alike
 from toolkit.merge.moe.noise import normals
 from toolkit.merge.moe.plan import make_plan
 from toolkit.merge.random import Draws
+from toolkit.merge.run import merge
 from toolkit.models.hidden import module_inputs
 from toolkit.models.load import load_model, quiet_transformers
 
@@ -608,6 +610,46 @@ def test_an_adapted_base_reads_the_prompts(mode, base, tmp_path):
     assert (
         ours["model.layers.0.self_attn.q_proj.weight"] - stored(base)["model.layers.0.self_attn.q_proj.weight"]
     ).any()
+
+
+def test_compressed_deltas_and_merges_are_experts(models, tmp_path):
+    """Their MLPs are those of the folders that extracting and merging them would have written."""
+    base, first, second = models["llama"][:3]
+    extract(base, {"one": first, "two": second}, tmp_path / "deltas", kind="bit", quiet=True)
+    inner = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [{"model": str(first)}, {"model": f"{tmp_path / 'deltas'}#two", "parameters": {"weight": 0.5}}],
+        "parameters": {"weight": 0.3},
+    }
+    merge(inner, tmp_path / "merged", quiet=True)
+    deltas = [{"model": f"{tmp_path / 'deltas'}#two"}]
+    expanded = {"merge_method": "task_arithmetic", "base_model": str(base), "models": deltas}
+    merge(expanded, tmp_path / "expanded", quiet=True)
+    whole = build(spec_of([base, tmp_path / "merged", tmp_path / "expanded"]), tmp_path / "whole")
+    spec = spec_of([base, first, second])
+    spec["experts"][0]["source_model"], spec["experts"][1]["source_model"] = inner, f"{tmp_path / 'deltas'}#two"
+    result = build(spec, tmp_path / "out")
+    assert not result.non_finite
+    got, wanted = stored(result.path), stored(whole.path)
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_wrong_with_an_expert_that_is_a_merge_is_told_at_its_place(models):
+    spec = spec_of(models["llama"])
+    spec["experts"][1]["source_model"] = {"merge_method": "tise", "models": [{"model": models["llama"][1]}]}
+    with pytest.raises(SpecError, match=r"experts\[1\]\.source_model\.merge_method: .*did you mean 'ties'"):
+        make_plan(spec)
+
+
+def test_what_is_copied_is_looked_through_too(models, tmp_path):
+    broken = dense("llama")
+    with torch.no_grad():
+        broken.model.norm.weight[3] = torch.nan
+    folder = tiny.save_model(broken, tmp_path / "broken")
+    assert build(spec_of([folder, *models["llama"][1:]]), tmp_path / "out").non_finite == ["model.norm.weight"]
 
 
 def test_models_in_memory_are_experts(models, tmp_path):

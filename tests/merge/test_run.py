@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toolkit
 from tests import tiny
+from tests.merge.laws import run_mergekit
 from toolkit.checkpoints.compressed import on_base, open_compressed
 from toolkit.checkpoints.deltas import chunks
 from toolkit.checkpoints.reader import INDEX, open_checkpoint
@@ -312,6 +313,32 @@ def test_tied_heads_stay_tied_and_mixed_ones_come_apart(tmp_path):
     torch.testing.assert_close(tensors(tmp_path / "mixed")["lm_head.weight"], expected)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(("method", "parameters"), [("linear", {"weight": 0.7}), ("karcher", {"tol": 1e-9})])
+def test_a_base_is_one_more_model_where_mergekit_has_it_so(method, parameters, listed, family, tmp_path):
+    names = ["base", "tuned0", "tuned1"] if listed else ["tuned0", "tuned1"]
+    spec = {
+        "merge_method": method,
+        "base_model": str(family["base"]),
+        "models": [{"model": str(family[name])} for name in names],
+        "parameters": parameters,
+        "dtype": "float32",
+    }
+    ours = tensors(merge(spec, tmp_path / "ours", quiet=True).path)
+    theirs = tensors(run_mergekit(spec, tmp_path / "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=2e-6)
+
+
+def test_a_base_without_a_weight_is_the_donor_only(family, tmp_path):
+    spec = spec_of(family, "linear")
+    with_it = tensors(merge(spec, tmp_path / "a", quiet=True).path)
+    del spec["base_model"]
+    without = tensors(merge(spec, tmp_path / "b", quiet=True).path)
+    assert all(torch.equal(value, without[name]) for name, value in with_it.items())
+
+
 def test_non_finite_outputs_are_named(family, tmp_path):
     broken = tiny.llama().to(torch.bfloat16)
     with torch.no_grad():
@@ -324,6 +351,46 @@ def test_non_finite_outputs_are_named(family, tmp_path):
     assert result.non_finite_inputs == {str(tmp_path / "broken"): result.non_finite}
     merge({"merge_method": "passthrough", "models": [{"model": str(tmp_path / "broken")}]}, tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "merge.json").read_text())["non_finite"] == result.non_finite
+
+
+HIDING = {
+    "arcee_fusion": {},  # takes no element whose importance is not a number
+    "nearswap": {"t": 1e-4},  # moves by `t` at most
+    "ties": {"vote": "frequency"},  # erases what two others outvote
+}
+"""Methods that keep an infinity of an input out of the output."""
+
+
+@pytest.mark.parametrize("device", ["cpu", "torch:cpu"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("method", HIDING)
+def test_infinity_in_an_input_is_named_where_it_does_not_reach_the_output(method, nested, device, family, tmp_path):
+    broken, name = tiny.tuned(tiny.llama().to(torch.bfloat16), 0), "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[3, 4] = float("inf")  # where the two others are negative
+    source = str(tiny.save_model(broken, tmp_path / "broken"))
+    models = [{"model": source}]
+    if method == "ties":
+        models += [{"model": str(family["tuned1"])}, {"model": str(family["tuned2"])}]
+    spec = {
+        "merge_method": method,
+        "base_model": str(family["base"]),
+        "models": models,
+        "parameters": HIDING[method],
+    }
+    if nested:
+        outer = [
+            {"model": spec, "parameters": {"weight": 1}},
+            {"model": str(family["tuned2"]), "parameters": {"weight": 2}},
+        ]
+        spec = {"merge_method": "linear", "models": outer}
+    result = merge(spec, tmp_path / "out", quiet=True, device=device)
+    assert result.non_finite == []
+    assert result.non_finite_inputs == {source: [name]}
+    assert json.loads((tmp_path / "out" / "merge.json").read_text())["non_finite_inputs"] == {source: [name]}
+    assert [row for row in result.tables[0].rows if "NaN" in str(row[0])] == [
+        ["NaN or infinity in an input", f"{source}: {name}"]
+    ]
 
 
 def test_results_too_large_for_their_dtype_are_named_and_blamed_on_no_input(family, tmp_path):

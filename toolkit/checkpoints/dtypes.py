@@ -121,9 +121,11 @@ def encode(values: Floats, dtype: DType) -> Bytes:
 
 def all_finite(raw: Bytes, dtype: DType) -> bool:
     """Tell whether stored values hold neither NaN nor infinity; integers never do."""
-    if dtype.name in _EXPONENTS:
-        words, ones = _EXPONENTS[dtype.name]
-        return not (np.bitwise_and(raw.view(words), ones) == ones).any()
+    if dtype.name in _INFINITY:
+        # The bits of NaN and infinity are the largest: as signed numbers, and where the sign is set as unsigned ones.
+        infinity, size = _INFINITY[dtype.name], dtype.bits // 8
+        highest, lowest = (raw.view(f"{kind}{size}").max(initial=0) for kind in "iu")
+        return bool(highest < infinity and lowest < infinity | 1 << (dtype.bits - 1))
     if not dtype.floating:
         return True
     values = np.empty(raw.size * 8 // dtype.bits, np.float32)
@@ -131,13 +133,8 @@ def all_finite(raw: Bytes, dtype: DType) -> bool:
     return bool(np.isfinite(values).all())
 
 
-_EXPONENTS = {
-    "BF16": (np.uint16, np.uint16(0x7F80)),
-    "F16": (np.uint16, np.uint16(0x7C00)),
-    "F32": (np.uint32, np.uint32(0x7F800000)),
-    "F64": (np.uint64, np.uint64(0x7FF0000000000000)),
-}
-"""Formats -> their words, and the exponent of NaN and infinity."""
+_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
+"""Formats -> the bits of infinity; those of a NaN are larger."""
 
 
 @cache

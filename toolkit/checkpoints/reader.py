@@ -85,6 +85,10 @@ class Checkpoint:
         """Tell whether a tensor's bytes are stored somewhere, and not computed when they are read."""
         return True
 
+    def hides_non_finite(self, name: str) -> bool:
+        """Tell whether a tensor was computed from values among which were NaN or infinity that it does not show."""
+        return False
+
     def read_bytes(self, name: str) -> int:
         """Bytes that are read from files to read a tensor once."""
         return self.info(name).nbytes

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +19,7 @@ from toolkit.checkpoints.dtypes import Bytes, Floats, decode
 from toolkit.checkpoints.headers import TensorInfo
 from toolkit.checkpoints.layout import is_head
 from toolkit.checkpoints.reader import Checkpoint
+from toolkit.checkpoints.view import CheckpointView
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel | None:
         return None
 
 
-class ReleasedCheckpoint(Checkpoint):
+class ReleasedCheckpoint(CheckpointView):
     """A checkpoint whose tensors are renamed, and cut from those that were fused.
 
     One fused tensor at a time is in memory, with what was cut from it.
@@ -60,8 +60,8 @@ class ReleasedCheckpoint(Checkpoint):
     """
 
     def __init__(self, inner: Checkpoint, model: PreTrainedModel) -> None:
-        self.inner, self.model = inner, model
-        self.source, self.config, self.folder = inner.source, inner.config, inner.folder
+        super().__init__(inner)
+        self.model = model
         tensors: dict[str, TensorInfo] = {}
         self._origin: dict[str, tuple[str, bool]] = {}
         for name, info in inner.tensors.items():
@@ -91,31 +91,30 @@ class ReleasedCheckpoint(Checkpoint):
         return value.view(torch.uint8).numpy()
 
     @override
+    def _inside(self, name: str) -> str:
+        return self._origin[self._stored(name)][0]
+
+    @override
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
         stored = self._stored(name)
-        origin, same = self._origin[stored]
+        if self._origin[stored][1]:
+            return super().read_raw(name, start, stop)
         info = self.tensors[stored]
-        stop = info.count if stop is None else stop
-        if same:
-            return self.inner.read_raw(origin, start, stop)
-        return self._raw(stored)[info.dtype.nbytes(start) : info.dtype.nbytes(stop)]
+        last = info.count if stop is None else stop
+        return self._raw(stored)[info.dtype.nbytes(start) : info.dtype.nbytes(last)]
 
     @override
     def read(self, name: str, start: int, stop: int, out: Floats) -> None:
         decode(np.ascontiguousarray(self.read_raw(name, start, stop)), self.info(name).dtype, out)
 
     @override
-    def files(self) -> set[Path]:
-        return self.inner.files()
+    def read_bytes(self, name: str) -> int:
+        return self.info(name).nbytes
 
     @property
     @override
     def buffer_bytes(self) -> int:
         return 2 * max((info.nbytes for info in self.inner.tensors.values()), default=0)
-
-    @override
-    def close(self) -> None:
-        self.inner.close()
 
 
 def _meta(info: TensorInfo) -> torch.Tensor:
@@ -125,7 +124,7 @@ def _meta(info: TensorInfo) -> torch.Tensor:
     return torch.empty(info.shape, dtype=dtype, device="meta")
 
 
-class PrefixedCheckpoint(Checkpoint):
+class PrefixedCheckpoint(CheckpointView):
     """A checkpoint whose names lack the first word that the causal language model of its architecture puts before them.
 
     Args:
@@ -134,33 +133,14 @@ class PrefixedCheckpoint(Checkpoint):
     """
 
     def __init__(self, inner: Checkpoint, prefix: str) -> None:
-        self.inner, self.prefix = inner, prefix
-        self.source, self.config, self.folder = inner.source, inner.config, inner.folder
+        super().__init__(inner)
+        self.prefix = prefix
         renamed = {(name if is_head(name) else prefix + name): info for name, info in inner.tensors.items()}
         self.tensors = {name: replace(info, name=name) for name, info in renamed.items()}
 
     @override
-    def is_stored(self, name: str) -> bool:
-        return self.inner.is_stored(self._inside(name))
-
     def _inside(self, name: str) -> str:
         return self._stored(name).removeprefix(self.prefix)
-
-    @override
-    def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
-        return self.inner.read_raw(self._inside(name), start, stop)
-
-    @override
-    def read(self, name: str, start: int, stop: int, out: Floats) -> None:
-        self.inner.read(self._inside(name), start, stop, out)
-
-    @override
-    def files(self) -> set[Path]:
-        return self.inner.files()
-
-    @override
-    def close(self) -> None:
-        self.inner.close()
 
 
 def with_prefix(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:

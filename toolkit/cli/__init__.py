@@ -28,6 +28,7 @@ COMMANDS = {
     "align": "align:align",
     "route": "route:app",
     "serve": "serve:serve",
+    "bench-serve": "bench_serve:bench_serve",
     "evaluate": "evaluate:evaluate",
     "inspect": "inspect:inspect",
     "run": "recipe:run",

@@ -41,9 +41,12 @@ def show(result: Report, as_json: bool) -> None:
 
 def show_tables(tables: Sequence[Table]) -> None:
     """Print tables; as wide as they need to be where the output is no terminal."""
+    if not sys.stdout.isatty():
+        print("\n\n".join(table.to_text() for table in tables))
+        return
     from rich.console import Console
 
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = Console()
     for table in tables:
         console.print(table)
 

@@ -76,6 +76,10 @@ def merge(
     trust_remote_code: _NoEffect = None,
     write_threads: Annotated[int | None, _NOTHING] = None,
     lora_merge_cache: Annotated[Path | None, _NOTHING] = None,
+    lora_merge_dtype: Annotated[str | None, _NOTHING] = None,
+    safe_serialization: Annotated[
+        bool, typer.Option(help="Weights are always written as safetensors.", rich_help_panel=_SAME)
+    ] = True,
 ) -> None:
     """Merge models, or LoRAs of one base, as a spec says. Runs mergekit's YAML."""
     if verify is not None:
@@ -83,6 +87,8 @@ def merge(
         return
     if spec is None:
         raise SpecError("name the spec: toolkit merge SPEC OUT")
+    if not safe_serialization:
+        raise SpecError("--no-safe-serialization: weights are written as safetensors alone")
     if hashes not in ("sample", "full"):
         raise SpecError(f"--hashes {hashes!r} is neither sample nor full")
     if transformers_cache is not None:

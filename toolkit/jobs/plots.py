@@ -55,13 +55,18 @@ def check_plot(path: Path, *, overwrite: bool = False) -> None:
 
 
 def save_plot(comparison: Comparison, path: Path) -> None:
-    """Draw a comparison into a file; it appears only when it is whole.
+    """Draw a comparison into a file; see `save_figure`."""
+    save_figure(draw(comparison), path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure into a file; it appears only when it is whole.
 
     Raises:
         OutputError: it cannot be written.
     """
     drawn = BytesIO()
-    draw(comparison).savefig(drawn, format=path.suffix.lower()[1:], dpi=150)
+    figure.savefig(drawn, format=path.suffix.lower()[1:], dpi=150)
     beside = path.with_name(f".{path.name}.partial")
     try:
         beside.write_bytes(drawn.getvalue())

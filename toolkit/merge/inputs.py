@@ -158,9 +158,9 @@ class _Opener:
             models = [m for m in models if m.slot.model != group.base_model]
         if method.needs_base and base is None and len(self.problems) == before:
             self._add(Problem("base_model", f"required by {method.name}"))
-        if method.base_first and base is not None:
-            if 0 < len(models) < method.models[0] and all(m.slot.model != group.base_model for m in models):
-                models.insert(0, Input(Slot("base_model", group.base_model, {}, models[0].slot.layers), base, None))
+        if base is not None and _takes_part(group, method, len(models)):
+            models.insert(0, Input(Slot("base_model", group.base_model, {}, models[0].slot.layers), base, None))
+        if method.base_first:
             models.sort(key=lambda m: m.slot.model != group.base_model)
         low, high = method.models
         if len(self.problems) == before and not low <= len(models) <= (high or len(models)):
@@ -173,7 +173,7 @@ class _Opener:
         """Return the base by the names that its adapters use."""
         for slot in group.slots:
             try:
-                base_name, change = _change_of(slot.model)
+                base_name, change = change_of(slot.model)
             except ToolkitError:
                 continue  # which is reported when the slot is opened
             if isinstance(change, Adapter):
@@ -217,7 +217,7 @@ class _Opener:
         """Open a slot's model; an adapter without a base of the spec's brings its own."""
         where = f"{slot.path}.model"
         try:
-            base_name, change = _change_of(slot.model)
+            base_name, change = change_of(slot.model)
             if change is None:
                 weights = self._checkpoint(slot.model, where)
                 if weights is None:
@@ -242,7 +242,17 @@ class _Opener:
         return Input(slot, adapted, DenseDelta(base, adapted) if base else None), base
 
 
-def _change_of(source: object) -> tuple[str | None, Adapter | Compressed | None]:
+def _takes_part(group: Group, method: Method, count: int) -> bool:
+    """Tell whether the base is one of the models although `count` others, and not the base, are listed."""
+    if not count or any(slot.model == group.base_model for slot in group.slots):
+        return False
+    if method.base_first:
+        return count < method.models[0]
+    given = {key for _, values in group.shared for key in values}
+    return method.base_joins and not group.is_slice and method.required_per_model <= given
+
+
+def change_of(source: object) -> tuple[str | None, Adapter | Compressed | None]:
     """Split `base+change`; recognise a folder that holds a change of a base; `(None, None)` for a full model."""
     if not isinstance(source, str):
         return None, None

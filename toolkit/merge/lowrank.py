@@ -23,9 +23,10 @@ from toolkit.checkpoints.companions import write_card
 from toolkit.checkpoints.dtypes import DTYPES, DType, Floats, encode
 from toolkit.checkpoints.headers import TensorInfo
 from toolkit.checkpoints.writer import staged, write_text, write_weights
-from toolkit.errors import Problem
+from toolkit.errors import CheckpointError, Problem
+from toolkit.merge.finite import is_finite
 from toolkit.merge.inputs import Input
-from toolkit.merge.plan import Job, Plan, make_plan
+from toolkit.merge.plan import Job, Place, Plan, make_plan
 from toolkit.merge.run import MergeResult
 from toolkit.merge.spec import MergeSpec
 from toolkit.merge.stream import Scratch, Stream, survey
@@ -51,11 +52,13 @@ def merge_adapters(spec: MergeSpec, out: Path, *, overwrite: bool = False, quiet
 
     Raises:
         SpecError: an input is not a LoRA of the base, or stores whole modules.
+        CheckpointError: an input, or the base where it matters, holds NaN or infinity.
     """
     started = time.perf_counter()
     plan = make_plan(spec)
     try:
         adapters = _adapters(plan)
+        _check_finite(adapters)
         surveyed = survey(plan)
         jobs = [job for job in plan.jobs if any(job.tensor.name in a.targets for a in adapters)]
         with track("merging adapters", len(jobs), unit="modules", quiet=quiet) as progress:
@@ -146,6 +149,8 @@ def _adapters(plan: Plan) -> list[Adapter]:
         raise plan.spec.error([Problem("output.type", "an adapter is merged from models, not from slices or modules")])
     for model in plan.inputs.models:
         where = f"{model.slot.path}.model"
+        if model.weights is plan.inputs.base:
+            continue  # one more model to some methods, and no change of itself
         if model.adapter is None:
             found.append(Problem(where, "output.type is adapter, so every model must be a LoRA folder of the base"))
         elif model.adapter.whole:
@@ -158,6 +163,13 @@ def _adapters(plan: Plan) -> list[Adapter]:
     if found:
         raise plan.spec.error(found)
     return adapters
+
+
+def _check_finite(adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters:
+        for name in adapter.store.tensors:
+            if not is_finite(Place(adapter.store, name)):
+                raise CheckpointError(f"{adapter.source}: {name} holds NaN or infinity")
 
 
 def _merge_module(plan: Plan, adapters: Sequence[Adapter], job: Job, surveyed: Any) -> Pair:
@@ -201,6 +213,8 @@ def _dense(plan: Plan, stream: Stream) -> Floats:
         values = np.empty_like(merged)
         base.read(job.tensor.name, start, start + len(merged), values)
         np.subtract(merged, values, out=delta[start : start + len(merged)])
+    if not np.isfinite(delta).all():
+        raise CheckpointError(f"{base.source}: {job.tensor.name} holds NaN or infinity")
     return delta.reshape(job.tensor.shape)
 
 

@@ -14,12 +14,16 @@ A method is one module in `toolkit/merge/methods`. It declares
   tensor that is merged, and returns for each what `tensor.surveyed` will be;
 - at will, `coefficients(params, state) -> [M]`: when the merged delta is `sum_i c_i * delta_i`, which lets several
   LoRAs become one exactly; `None` where the parameters do not allow it;
+- at will, `USES_ALL = True`: every element of every input goes into the result at any parameters, so that NaN and
+  infinity show there; the inputs of other methods are looked through for them;
 - at will, `idempotent(params) -> bool`: whether equal inputs give that input, true by default; tensors that no
   input changes are then copied;
 - at will, `STATISTICS`: what is measured of every model on data first: `"fisher"`, `"gram"` (inner products of what
   enters linear layers) or `"merged_gram"` (the same above merged layers); they are `tensor.statistics`, `None` for
   tensors that have none;
 - at will, `BASE_FIRST = True`: the base, where it is one of the models, is the first;
+- at will, `BASE_JOINS = True`: a base that is not listed among the models is one of them all the same, as in mergekit,
+  where `parameters` or defaults give it what a model needs;
 - at will, `ON_DEVICE = False`: it does not run on a GPU, as no method of scope `"tensor"` does. All others get
   arrays there that take numpy's functions (`toolkit.merge.device`): what `combine` and `prepare` make anew, such as
   `np.zeros(n, np.float32, like=x)`, is to be `like` what they were given;
@@ -105,7 +109,9 @@ class Method:
     statistics: Literal["fisher", "gram", "merged_gram"] | None
     coefficients: Callable[[Any, Any], Sequence[float] | None]
     idempotent: Callable[[Any], bool]
+    uses_all: bool
     base_first: bool
+    base_joins: bool
     on_device: bool
     memory: Callable[[tuple[int, ...], int], int]
 
@@ -123,6 +129,12 @@ class Method:
         """Names of the parameters that have one value per model."""
         fields = self.params.model_fields.items()
         return frozenset(field.alias or name for name, field in fields if get_origin(field.annotation) is tuple)
+
+    @cached_property
+    def required_per_model(self) -> frozenset[str]:
+        """Names of those that have no default."""
+        fields = self.params.model_fields.items()
+        return self.per_model & frozenset(field.alias or name for name, field in fields if field.is_required())
 
     @cached_property
     def shared(self) -> frozenset[str]:
@@ -149,7 +161,9 @@ def load_method(name: str) -> Method:
         getattr(module, "STATISTICS", None),
         getattr(module, "coefficients", lambda params, state: None),
         getattr(module, "idempotent", lambda params: True),
+        getattr(module, "USES_ALL", False),
         getattr(module, "BASE_FIRST", False),
+        getattr(module, "BASE_JOINS", False),
         getattr(module, "ON_DEVICE", getattr(module, "SCOPE", "element") != "tensor"),
         getattr(module, "memory", lambda shape, models: 0),
     )

@@ -35,15 +35,20 @@ class MergedCheckpoint(Checkpoint):
         self._jobs = {job.tensor.name: job for job in plan.jobs}
         self._local, self._lock = threading.local(), threading.Lock()
         self._surveyed: Mapping[str, Any] | None = None
+        self._hidden: set[str] = set()
+
+    def job(self, name: str) -> Job:
+        """Return what is done for a tensor."""
+        return self._jobs[self._stored(name)]
 
     @override
     def is_stored(self, name: str) -> bool:
-        job = self._jobs[self._stored(name)]
+        job = self.job(name)
         return job.action == "copy" and job.donor.info.dtype == job.tensor.dtype and job.donor.is_stored
 
     @override
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
-        job = self._jobs[self._stored(name)]
+        job = self.job(name)
         if self.is_stored(name):
             return job.donor.checkpoint.read_raw(job.donor.name, start, stop)
         values = np.empty((job.tensor.count if stop is None else stop) - start, np.float32)
@@ -51,12 +56,16 @@ class MergedCheckpoint(Checkpoint):
         return encode(values, job.tensor.dtype)
 
     @override
+    @np.errstate(invalid="ignore", over="ignore")  # as in a merge of its own
     def read(self, name: str, start: int, stop: int, out: Floats) -> None:
-        job = self._jobs[self._stored(name)]
+        job = self.job(name)
         if job.action == "copy":
             job.donor.read(start, stop, out)
         else:
-            np.copyto(out, self._stream(job).merged_slice(start, stop))
+            stream = self._stream(job)
+            np.copyto(out, stream.merged_slice(start, stop))
+            if not stream.inputs_finite:
+                self._hidden.add(job.tensor.name)
         if self.plan.dtype:
             decode(encode(out.copy(), self.plan.dtype), self.plan.dtype, out)
 
@@ -73,8 +82,12 @@ class MergedCheckpoint(Checkpoint):
         return stream
 
     @override
+    def hides_non_finite(self, name: str) -> bool:
+        return self._stored(name) in self._hidden
+
+    @override
     def read_bytes(self, name: str) -> int:
-        return self._jobs[self._stored(name)].read_bytes
+        return self.job(name).read_bytes
 
     @override
     def files(self) -> set[Path]:

@@ -18,12 +18,17 @@ Drop = Callable[[Floats, int], None]
 
 
 def weighted_sum(x: Floats, weights: Sequence[float]) -> Floats:
-    """Return `sum_i weights[i] * x[i]` over the rows of `x` `[M, N]`, in order; overwrites `x`."""
-    total = np.multiply(x[0], np.float32(weights[0]), out=x[0])
-    for row, weight in zip(x[1:], weights[1:], strict=True):
-        np.multiply(row, np.float32(weight), out=row)
-        np.add(total, row, out=total)
-    return total
+    """Return `sum_i weights[i] * x[i]` over the rows of `x` `[M, N]`, in order; overwrites `x`.
+
+    Where all weights are one number, as they mostly are, what is multiplied is the sum.
+    """
+    common = weights[0] if len(set(weights)) == 1 else None
+    for row, weight in zip(x, weights, strict=True):
+        if common is None:
+            np.multiply(row, np.float32(weight), out=row)
+    for row in x[1:]:
+        np.add(x[0], row, out=x[0])
+    return x[0] if common is None else np.multiply(x[0], np.float32(common), out=x[0])
 
 
 def gram(tensor: TensorStream) -> NDArray[np.float64]:
@@ -47,11 +52,22 @@ def inner(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return float(blocks.sum() + a[whole:] @ b[whole:])
 
 
+Vote = Literal["weighted", "total", "frequency"]
+"""What elects a sign: the sum of the weighted values, of the values, or of their signs."""
+
+
+def votes_of(x: Floats, weights: Sequence[float], vote: Vote) -> Floats:
+    """Return what is voted for the sign of each element of deltas `[M, N]`, which may be overwritten."""
+    if vote == "weighted":
+        return weighted_sum(x, weights)
+    return np.sign(x).sum(axis=0) if vote == "frequency" else x.sum(axis=0)
+
+
 def agree_on_signs(
     x: Floats,
     weights: Sequence[float],
     *,
-    vote: Literal["weighted", "total", "frequency"] = "weighted",
+    vote: Vote = "weighted",
     zero: float = 1.0,
     divisor: Literal["weights", "count", "none"] = "weights",
 ) -> Floats:
@@ -60,14 +76,14 @@ def agree_on_signs(
     Args:
         x: unweighted deltas; what was trimmed is 0.
         weights: of the models.
-        vote: by the sum of the weighted values, of the values, or of their signs.
+        vote: see `Vote`.
         zero: sign that is elected where the vote is 0.
         divisor: of the sum: the weights that agree, the number of models that agree and are not 0, or nothing.
 
     Returns:
         `[N]`; 0 where no model agrees.
     """
-    votes = np.sign(x).sum(axis=0) if vote == "frequency" else x.sum(axis=0) if vote == "total" else None
+    votes = None if vote == "weighted" else votes_of(x, weights, vote)
     for row, weight in zip(x, weights, strict=True):
         np.multiply(row, np.float32(weight), out=row)
     if votes is None:

@@ -108,6 +108,13 @@ class Job:
     params: MethodParams | None = None
 
     @property
+    def places(self) -> list[Place]:
+        """The tensors that are read."""
+        if self.action == "copy":
+            return [self.donor]
+        return [source.place for source in self.sources] + ([self.base] if self.base else [])
+
+    @property
     def read_bytes(self) -> int:
         """Bytes that one pass over its inputs reads."""
         if self.action == "copy":
@@ -253,7 +260,8 @@ def make_plan(
     if found_device and not method.on_device:
         found.append(Problem("merge_method", f"{method.name} runs on the CPU alone; leave out --device"))
     dtype, wrong = _output_dtype(loaded)
-    inputs, more = open_inputs(groups, method, partial(_nested, allow_pickle=allow_pickle), allow_pickle=allow_pickle)
+    nested = partial(open_merge, allow_pickle=allow_pickle)
+    inputs, more = open_inputs(groups, method, nested, allow_pickle=allow_pickle)
     found += wrong + more + check_data(loaded, method)
     jobs: list[Job] = []
     config: dict[str, Any] = {}
@@ -287,7 +295,7 @@ def make_plan(
     return Plan(loaded, method, inputs, jobs, shards, dtype, config, tokenizer, template, found_device)
 
 
-def _nested(spec: MergeSpec, where: str, *, allow_pickle: bool) -> Checkpoint:
+def open_merge(spec: MergeSpec, where: str, *, allow_pickle: bool) -> Checkpoint:
     """Open a merge inside a merge.
 
     Raises:

@@ -37,7 +37,7 @@ RECORD = "merge.json"
 Hashes = Literal["sample", "full"]
 """How input files are identified: by a hash of some of their blocks, or of all of their bytes."""
 
-_BLOCK, _BLOCKS = 1 << 16, 64
+_BLOCK, _BLOCKS = 1 << 14, 64
 """Bytes of a block of a sampled hash, and blocks of a file."""
 
 _HUB_HASH = re.compile(r"[0-9a-f]{64}")
@@ -61,7 +61,7 @@ class Companions:
     card: bool = True
     tokenizer: bool = True
 
-    def write(self, plan: Plan, folder: Path, non_finite: Sequence[str]) -> None:
+    def write(self, plan: Plan, folder: Path, non_finite: Sequence[str], inputs: Mapping[str, Sequence[str]]) -> None:
         """Write config, tokenizer, record and card of a finished merge."""
         donor = plan.inputs.donor
         write_config(donor, folder, plan.dtype, plan.config)
@@ -77,6 +77,7 @@ class Companions:
             "device": plan.device or "cpu",
             "tensors": len(plan.jobs),
             "non_finite": list(non_finite),
+            "non_finite_inputs": dict(inputs),
             "versions": versions(),
         }
         write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
@@ -109,7 +110,7 @@ def _identity(file: Path, hashes: Hashes) -> dict[str, Any]:
 
 
 def _sampled(file: Path) -> str:
-    """Hash 64 blocks of 64 KiB that are spread over a file, the first and the last among them."""
+    """Hash 64 blocks of 16 KiB that are spread over a file, the first and the last among them."""
     size, digest = file.stat().st_size, hashlib.sha256()
     with file.open("rb") as stream:
         for start in np.linspace(0, max(0, size - _BLOCK), _BLOCKS if size > _BLOCK else 1, dtype=np.int64):

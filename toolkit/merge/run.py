@@ -28,7 +28,8 @@ from toolkit.checkpoints.writer import (
 )
 from toolkit.errors import OutputError, Problem
 from toolkit.merge.device import find_device
-from toolkit.merge.plan import Job, Place, Plan, make_plan
+from toolkit.merge.finite import non_finite_inputs, non_finite_outputs
+from toolkit.merge.plan import Job, Plan, make_plan
 from toolkit.merge.record import Companions, Hashes
 from toolkit.merge.spec import MergeSpec, OutputSpec
 from toolkit.merge.statistics.collect import collect
@@ -49,7 +50,7 @@ class MergeResult(Report):
     Attributes:
         path: folder that was written.
         non_finite: output tensors that hold NaN or infinity.
-        non_finite_inputs: input -> those of its tensors which these were made from and which hold some themselves.
+        non_finite_inputs: input -> those of its tensors that hold some, whether or not it reached the output.
     """
 
     path: Path = Path()
@@ -157,17 +158,18 @@ def _execute(plan: Plan, out: Path, beside: Companions, *, resume: bool, workers
             writer.close()
             journal.close()
         bad = sorted(name for name, finite in done.items() if not finite)
-        beside.write(plan, partial, bad)
+        outputs, inputs = non_finite_outputs(partial, bad), non_finite_inputs(plan, bad)
+        beside.write(plan, partial, outputs, inputs)
         remove_statistics(partial)
         (partial / JOURNAL).unlink()
         commit(partial, out)
-    return _result(plan, out, bad, time.perf_counter() - started)
+    return _result(plan, out, outputs, inputs, time.perf_counter() - started)
 
 
 def _run_jobs(
     worker: _Worker, journal: Journal, done: dict[str, bool], workers: int, progress: Progress
 ) -> dict[str, bool]:
-    """Run what is not done yet; return for every tensor whether its output is finite."""
+    """Run what is not done yet; return for every tensor whether all that was met is finite."""
     plan, writer = worker.plan, worker.writer
     finite: dict[str, bool] = {}
     jobs = [job for job in plan.jobs if job.tensor.name not in done]
@@ -194,8 +196,9 @@ class _Worker:
         self.surveyed = survey(plan, statistics)
         self.local = threading.local()
 
+    @np.errstate(invalid="ignore", over="ignore")  # what comes of it is found and named
     def run(self, job: Job) -> bool:
-        """Merge or copy one tensor; tell whether what was written is finite."""
+        """Merge or copy one tensor; tell whether what was written, and what it was made from, is finite."""
         return self._copy(job) if job.action == "copy" else self._merge(job)
 
     def _copy(self, job: Job) -> bool:
@@ -219,7 +222,7 @@ class _Worker:
         for start, raw, this_one in stream.encoded():
             finite = finite and this_one
             self.writer.write(name, start, raw)
-        return finite
+        return finite and stream.inputs_finite
 
     def _scratch(self) -> Scratch:
         if not hasattr(self.local, "scratch"):
@@ -242,7 +245,7 @@ class Journal:
         self._file: int | None = None
 
     def load(self) -> dict[str, bool]:
-        """Return the finished tensors, and whether each is finite; empty where nothing was begun.
+        """Return the finished tensors, and whether all that was met in each is finite; empty where nothing was begun.
 
         Raises:
             OutputError: the journal belongs to another spec or other inputs.
@@ -292,29 +295,9 @@ class Journal:
             raise OutputError(f"{self.path}: {error.strerror}") from None
 
 
-def _non_finite_inputs(plan: Plan, tensors: Sequence[str]) -> dict[str, list[str]]:
-    """Name the inputs of tensors that came out with NaN or infinity which hold some themselves."""
-    found: dict[str, list[str]] = {}
-    for job in plan.jobs:
-        if job.tensor.name in tensors:
-            places = {job.donor, *(source.place for source in job.sources), *((job.base,) if job.base else ())}
-            for place in sorted(places, key=lambda p: p.checkpoint.source):
-                if not _is_finite(place):
-                    found.setdefault(place.checkpoint.source, []).append(place.name)
-    return found
-
-
-def _is_finite(place: Place) -> bool:
-    for start, stop in chunks(place.info.shape):
-        values = np.empty(stop - start, np.float32)
-        place.read(start, stop, values)
-        if not np.isfinite(values).all():
-            return False
-    return True
-
-
-def _result(plan: Plan, out: Path, non_finite: Sequence[str], seconds: float) -> MergeResult:
-    inputs = _non_finite_inputs(plan, non_finite) if non_finite else {}
+def _result(
+    plan: Plan, out: Path, non_finite: Sequence[str], inputs: Mapping[str, Sequence[str]], seconds: float
+) -> MergeResult:
     numbers = {
         "path": str(out),
         "method": plan.method.name,
@@ -323,7 +306,7 @@ def _result(plan: Plan, out: Path, non_finite: Sequence[str], seconds: float) ->
         "write_bytes": plan.write_bytes,
         "seconds": round(seconds, 3),
         "non_finite": list(non_finite),
-        "non_finite_inputs": inputs,
+        "non_finite_inputs": dict(inputs),
     }
     rows = [
         ["method", plan.method.name],
@@ -333,8 +316,8 @@ def _result(plan: Plan, out: Path, non_finite: Sequence[str], seconds: float) ->
         ["seconds", f"{seconds:.2f}"],
     ]
     if non_finite:
-        rows.append(["NaN or infinity in", _some(non_finite)])
-        rows += [["as in the input", f"{source}: {_some(names)}"] for source, names in inputs.items()]
+        rows.append(["NaN or infinity in the output", _some(non_finite)])
+    rows += [["NaN or infinity in an input", f"{source}: {_some(names)}"] for source, names in inputs.items()]
     return MergeResult(numbers, [Table(("merge", str(out)), rows)], out, non_finite, inputs)
 
 

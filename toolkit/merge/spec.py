@@ -297,6 +297,13 @@ class MergeSpec(Spec):
         """The tokenizer block, or what the older key `tokenizer_source` means."""
         return TokenizerSpec(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer
 
+    @model_validator(mode="before")
+    @classmethod
+    def _not_to_be_searched(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "search" in data:
+            raise ValueError("search: its coefficients are to be tuned first, by `toolkit search SPEC OUT`")
+        return data
+
     @model_validator(mode="after")
     def _one_form(self) -> MergeSpec:
         if self.tokenizer and self.tokenizer_source:

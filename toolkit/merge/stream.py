@@ -91,6 +91,13 @@ class Stream:
         self.name, self.shape, self.count = job.tensor.name, job.tensor.shape, job.tensor.count
         self.num_models = len(job.sources)
         self.is_delta = job.base is not None
+        self._finite: Any = True
+
+    @property
+    def inputs_finite(self) -> bool:
+        """Whether no NaN or infinity was met in the inputs of what was merged that the result may not show."""
+        places = [source.place for source in self.job.sources]
+        return bool(self._finite) and not any(place.checkpoint.hides_non_finite(place.name) for place in places)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Yield the slices that the tensor is read in."""
@@ -119,6 +126,7 @@ class Stream:
         state = self.state  # before the buffer is taken: finding it uses the same one
         x = self.scratch.stack(self.num_models, last - first)
         self._read_all(first, last, x)
+        self._look_through(x)
         base = self.scratch.base(last - first) if self.is_delta else None
         return self._on_base(self._combine(x, state, first), base)[start - first : stop - first]
 
@@ -150,6 +158,7 @@ class Stream:
         x = self.scratch.stack(self.num_models, prod(self.shape))
         for start, stop in self.ranges():
             self._read_all(start, stop, x[:, start:stop])
+        self._look_through(x)
         return self._combine(x, state, 0)
 
     def _combine(self, x: Floats, state: object, start: int) -> Floats:
@@ -159,6 +168,11 @@ class Stream:
         elif self.method.scope == "row":
             x = x.reshape(self.num_models, -1, self.shape[-1] if self.shape else 1)
         return self.method.combine(x, self.job.params, state, start).reshape(-1)
+
+    def _look_through(self, x: Floats) -> None:
+        """Notice NaN and infinity in `x` `[M, N]` that the result may not show."""
+        if not self.method.uses_all:
+            self._finite = self._finite and np.isfinite(x).all()
 
     def _read_all(self, start: int, stop: int, x: Floats) -> None:
         base = self._read_base(start, stop)

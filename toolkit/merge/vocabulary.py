@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from toolkit.checkpoints.headers import TensorInfo
 from toolkit.checkpoints.layout import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from toolkit.checkpoints.reader import Checkpoint
 from toolkit.checkpoints.tokenizers import TokenizerFile, plain_token, read_tokenizer
+from toolkit.checkpoints.view import CheckpointView
 from toolkit.errors import Problem, ToolkitError
 from toolkit.merge.inputs import Inputs
 from toolkit.merge.spec import MergeSpec, TokenRow, TokenSpec
@@ -54,7 +54,7 @@ class Vocabulary:
         return len(self.rows[0])
 
 
-class VocabularyView(Checkpoint):
+class VocabularyView(CheckpointView):
     """A model as it looks with the output's vocabulary; only rows are moved, and nothing is kept in memory.
 
     Args:
@@ -67,8 +67,8 @@ class VocabularyView(Checkpoint):
     def __init__(
         self, inner: Checkpoint, position: int, vocabulary: Vocabulary, all_models: Sequence[Checkpoint]
     ) -> None:
-        self.inner, self.position, self.vocabulary, self.all_models = inner, position, vocabulary, all_models
-        self.source, self.config, self.folder = inner.source, inner.config, inner.folder
+        super().__init__(inner)
+        self.position, self.vocabulary, self.all_models = position, vocabulary, all_models
         self.mapped = {name for name in inner.tensors if has_vocabulary(name)}
         self.tensors = {name: self._resized(info) for name, info in inner.tensors.items()}
         self._means: dict[str, Floats] = {}
@@ -80,26 +80,12 @@ class VocabularyView(Checkpoint):
 
     @override
     def is_stored(self, name: str) -> bool:
-        return self._stored(name) not in self.mapped and self.inner.is_stored(name)
-
-    @override
-    def read_bytes(self, name: str) -> int:
-        return self.inner.read_bytes(name)
-
-    @override
-    def files(self) -> set[Path]:
-        return self.inner.files()
-
-    @property
-    @override
-    def buffer_bytes(self) -> int:
-        return self.inner.buffer_bytes
+        return self._stored(name) not in self.mapped and super().is_stored(name)
 
     @override
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
-        stored = self._stored(name)
-        if stored not in self.mapped:
-            return self.inner.read_raw(name, start, stop)
+        if self._stored(name) not in self.mapped:
+            return super().read_raw(name, start, stop)
         info = self.info(name)
         values = np.empty((info.count if stop is None else stop) - start, np.float32)
         self.read(name, start, start + len(values), values)
@@ -107,9 +93,8 @@ class VocabularyView(Checkpoint):
 
     @override
     def read(self, name: str, start: int, stop: int, out: Floats) -> None:
-        stored = self._stored(name)
-        if stored not in self.mapped:
-            self.inner.read(name, start, stop, out)
+        if self._stored(name) not in self.mapped:
+            super().read(name, start, stop, out)
             return
         width = int(np.prod(self.info(name).shape[1:]))
         first, last = start // width, -(-stop // width)
@@ -153,10 +138,6 @@ class VocabularyView(Checkpoint):
                 total += values.reshape(-1, width).sum(axis=0, dtype=np.float64)
             self._means[name] = (total / (count // width)).astype(np.float32)
         return self._means[name]
-
-    @override
-    def close(self) -> None:
-        self.inner.close()
 
 
 def has_vocabulary(name: str) -> bool:

@@ -31,6 +31,18 @@ def test_every_choice(vote, divisor):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("zero_vote", "zero"), [("plus", 1.0), ("majority", -1.0)])
+def test_a_vote_of_zero(zero_vote, zero):
+    x = RNG.integers(-9, 9, (3, 900)) / 8  # more of them negative
+    kept = kept_by_breadcrumbs(x, DENSITY, GAMMA)
+    assert np.sign((x * kept).sum(axis=0)).sum() < -20
+    weights = np.array([0.5, 0.25, 0.75])
+    expected = expected_with_choices(x, weights, kept, vote="total", zero=zero, divisor="none")
+    choices = {"vote": "total", "zero_vote": zero_vote}
+    got = run("breadcrumbs_ties", x, weight=tuple(weights), density=DENSITY, gamma=GAMMA, **choices)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shared", [{}, {"rescale": True, "normalize": True, "lambda": 0.7}], ids=str)
 def test_mergekit(shared):
     from mergekit.merge_methods import merge_tensors

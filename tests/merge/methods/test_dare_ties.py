@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.merge.laws import WEIGHTS, Example, run
+from tests.merge.laws import WEIGHTS, Example, run, settings
 from tests.merge.methods.test_dare_linear import DENSITY, dropped, feed_masks, masks
 from tests.merge.methods.test_ties import expected_with_choices
 
@@ -31,6 +31,26 @@ def test_every_choice(rescale_by, vote, divisor):
         choices["divisor"] = divisor
     got = run("dare_ties", x, weight=tuple(weights), density=DENSITY, **choices)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero_vote", ["plus", "majority"])
+@pytest.mark.parametrize("rescale_by", ["norm", "density"])
+def test_a_vote_of_zero(zero_vote, rescale_by):
+    x = RNG.integers(-3, 3, (3, 1000)).astype(np.float32)  # more of them negative
+    parts = dropped(x, DENSITY, rescale_by)
+    zero = -1.0 if zero_vote == "majority" else 1.0
+    assert np.sign(np.sign(parts).sum(axis=0)).sum() < -50
+    weights = np.array(WEIGHTS)
+    expected = expected_with_choices(parts, weights, parts != 0, vote="frequency", zero=zero, divisor="count")
+    choices = {"rescale_by": rescale_by, "vote": "frequency", "divisor": "count", "normalize": True}
+    got = run("dare_ties", x, weight=WEIGHTS, density=DENSITY, zero_vote=zero_vote, **choices)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_paper_resolves_votes_of_zero_as_ties_does():
+    assert settings("dare_ties", {"preset": "paper"}, 2).zero_vote == "majority"
+    assert settings("dare_ties", {"preset": "peft"}, 2).zero_vote == "plus"
+    assert settings("ties", {"preset": "paper"}, 2).zero_vote == "majority"
 
 
 @pytest.mark.parametrize("normalize", [True, False])

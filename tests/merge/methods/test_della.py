@@ -33,6 +33,19 @@ def test_every_choice(rescale_by, vote, divisor):
     np.testing.assert_allclose(got.reshape(-1), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("zero_vote", "zero"), [("plus", 1.0), ("majority", -1.0)])
+def test_a_vote_of_zero(zero_vote, zero):
+    x = (RNG.standard_normal((3, 20, 45)) - 0.1).astype(np.float32)  # more of them negative
+    parts = dropped(x, DENSITY, EPSILON, "norm").reshape(3, -1)
+    assert np.sign(np.sign(parts).sum(axis=0)).sum() < -20
+    expected = expected_with_choices(
+        parts, np.array(WEIGHTS), parts != 0, vote="frequency", zero=zero, divisor="weights"
+    )
+    choices = {"vote": "frequency", "zero_vote": zero_vote}
+    got = run("della", x, weight=WEIGHTS, density=DENSITY, epsilon=EPSILON, **choices)
+    np.testing.assert_allclose(got.reshape(-1), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_mergekit_on_the_same_masks(monkeypatch):
     # Its defaults: normalized here, not in `della_linear`.
     from mergekit.merge_methods import merge_tensors

@@ -12,7 +12,7 @@ from typing import Any
 from toolkit.errors import UnsupportedError
 from toolkit.evaluation.spec import TaskSpec
 from toolkit.jobs.evaluate import evaluate
-from toolkit.jobs.search.setup import Setup, parts, placed
+from toolkit.jobs.search.setup import Setup, Source, parts, placed
 from toolkit.merge.run import merge
 from toolkit.models.load import LoadedModel, load_model, pick_device
 
@@ -32,8 +32,10 @@ class Judge:
         self.setup, self.folder = setup, folder
         self.trusted = setup.spec.trust_remote_code
 
-    def model(self, source: str, tasks: Mapping[str, TaskSpec]) -> Scores:
+    def model(self, source: Source, tasks: Mapping[str, TaskSpec]) -> Scores:
         """Measure the base, or an input of the merge."""
+        if not isinstance(source, str):
+            return self.merge(source, tasks)
         full, adapter = parts(source, self.setup.base)
         try:
             return self._measure(full, adapter, tasks)

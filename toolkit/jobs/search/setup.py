@@ -22,8 +22,12 @@ from toolkit.jobs.search.space import Space, make_space
 from toolkit.jobs.search.spec import ROWS, SearchSpec
 from toolkit.merge.groups import groups_of
 from toolkit.merge.plan import Plan, make_plan
+from toolkit.merge.spec import MergeSpec
 
 Tasks = Mapping[str, TaskSpec]
+
+Source = str | Mapping[str, Any]
+"""A model that is measured: a folder or a hub id, or the spec of a merge."""
 
 PROBES = (0.0, 0.382, 1.0)
 """Where between the bounds a merge is planned beforehand, so that values that it refuses are told before the search."""
@@ -38,7 +42,7 @@ class Setup:
         space: the free numbers of its merge.
         budget: candidates that are measured at most.
         base: model that deltas are taken from and adapters belong to, where there is one.
-        inputs: the merge's models, by the name of their rows.
+        inputs: the merge's models, by the name of their rows; one that is a merge itself is its spec.
         fingerprint: changes when the spec, the models' files or the data do.
     """
 
@@ -46,7 +50,7 @@ class Setup:
     space: Space
     budget: int
     base: str | None
-    inputs: Mapping[str, str]
+    inputs: Mapping[str, Source]
     fingerprint: str
 
 
@@ -60,8 +64,7 @@ def set_up(spec: SearchSpec) -> Setup:
     """
     for task in (*spec.tasks.values(), *spec.test.values()):
         _rows(task)
-    with placed(spec):
-        merge = _merge(spec)
+    merge = _merge(spec)
     space, problems = make_space(merge, spec.search)
     budget, more = budget_of(spec.search, space)
     problems += [] if problems else more
@@ -130,15 +133,34 @@ def _rows(task: TaskSpec) -> list[Row]:
 def _merge(spec: SearchSpec) -> dict[str, Any]:
     """Return the merge to tune as plain data, as a user would write it."""
     if spec.merge is not None:
-        groups = groups_of(spec.merge)
-        named = [model for group in groups for model in (group.base_model, *(slot.model for slot in group.slots))]
-        if not all(isinstance(model, str | None) for model in named):
-            raise SpecError("every model of a search is a folder or a hub id, since the result is a YAML")
-        return spec.merge.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        problems = [Problem(_place(spec, where), _UNNAMED) for where in _unnamed(spec.merge)]
+        if problems:
+            raise spec.error(problems)
+        return _plain(spec.merge)
     weight = float(f"{1 / len(spec.models):.4g}")
     models = [{"model": model, "parameters": {"weight": weight}} for model in spec.models.values()]
     merge = {"merge_method": "task_arithmetic", "base_model": spec.base, "models": models}
     return merge | ({"output": {"type": "adapter"}} if all(map(_adds_up, spec.models.values())) else {})
+
+
+_UNNAMED = "a folder or a hub id is needed here, for the result is a YAML"
+
+
+def _unnamed(merge: MergeSpec, prefix: str = "") -> Iterator[str]:
+    """Yield the key paths of models that no YAML can name; a base that is a merge could not be measured."""
+    for group in groups_of(merge):
+        if not isinstance(group.base_model, str | None):
+            yield f"{prefix}base_model"
+        for slot in group.slots:
+            where = f"{prefix}{slot.path}.model"
+            if isinstance(slot.model, MergeSpec):
+                yield from _unnamed(slot.model, f"{where}.")
+            elif not isinstance(slot.model, str):
+                yield where
+
+
+def _plain(merge: MergeSpec) -> dict[str, Any]:
+    return merge.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 def _adds_up(model: str) -> bool:
@@ -151,14 +173,18 @@ def _adds_up(model: str) -> bool:
     return not adapter.whole and not any(part.magnitude for part in adapter.parts.values())
 
 
-def _labels(spec: SearchSpec, plan: Plan) -> dict[str, str]:
+def _labels(spec: SearchSpec, plan: Plan) -> dict[str, Source]:
     """Name the inputs: as the spec does, else by the last part of their paths where that is theirs alone."""
     if spec.merge is None:
-        return spec.models
-    models = list(dict.fromkeys(model.slot.model for model in plan.inputs.models))
+        return dict(spec.models)
+    merges = {m.weights.source: m.slot.model for m in plan.inputs.models if isinstance(m.slot.model, MergeSpec)}
+    models = list(dict.fromkeys(m.slot.model for m in plan.inputs.models if isinstance(m.slot.model, str)))
     short = [model.rstrip("/").rpartition("/")[2] for model in models]
     unique = [name not in ROWS and short.count(name) == 1 for name in short]
-    return {name if is_own else model: model for name, is_own, model in zip(short, unique, models, strict=True)}
+    named: dict[str, Source] = {
+        name if is_own else model: model for name, is_own, model in zip(short, unique, models, strict=True)
+    }
+    return named | {label: _plain(merge) for label, merge in merges.items()}
 
 
 def _fingerprint(spec: SearchSpec, plan: Plan) -> str:
@@ -169,9 +195,9 @@ def _fingerprint(spec: SearchSpec, plan: Plan) -> str:
 
 
 def _place(spec: SearchSpec, where: str) -> str:
-    """Turn a key path of the merge into one of the search, which may have no merge block."""
+    """Turn a key path of the merge into one of the search, where the merge may have no block of its own."""
     if spec.merge is not None:
-        return f"merge.{where}" if where else "merge"
+        return where if spec.is_merge_spec else f"merge.{where}" if where else "merge"
     if where.startswith("base_model"):
         return "base"
     index = where.removeprefix("models[").partition("]")[0]

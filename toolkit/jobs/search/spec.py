@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 
 from toolkit import specs
 from toolkit.evaluation.spec import TaskSpec
@@ -93,6 +101,8 @@ Tasks = Annotated[dict[str, TaskSpec], BeforeValidator(_tasks)]
 class SearchSpec(Spec):
     """A search for the coefficients of a merge.
 
+    A merge spec to which `search` and `tasks` are added is one as well: its own keys are the `merge`.
+
     Attributes:
         merge: the merge to tune, as it stands the first candidate; a block, or a YAML file of it.
         base: with `models`, instead of `merge`: the base that they were tuned from.
@@ -120,6 +130,24 @@ class SearchSpec(Spec):
     device: str = "auto"
     trust_remote_code: bool = False
     out: Folder | None = None
+
+    _is_merge_spec: bool = PrivateAttr(False)
+
+    @property
+    def is_merge_spec(self) -> bool:
+        """Whether the merge's keys stood beside the search's, and in no block of their own."""
+        return self._is_merge_spec
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _gather_merge(cls, data: Any, handler: ModelWrapValidatorHandler[SearchSpec]) -> SearchSpec:
+        if not isinstance(data, Mapping) or "merge_method" not in data or "merge" in data:
+            return handler(data)
+        ours = set(cls.model_fields) - set(MergeSpec.model_fields)
+        own = {key: value for key, value in data.items() if key not in ours}
+        made = handler({key: value for key, value in data.items() if key not in own} | {"merge": own})
+        made._is_merge_spec = True
+        return made
 
     @field_validator("merge", mode="before")
     @classmethod

@@ -13,18 +13,19 @@ from toolkit.checkpoints.deltas import DenseDelta
 from toolkit.checkpoints.dtypes import Bytes, Floats
 from toolkit.checkpoints.headers import TensorInfo
 from toolkit.checkpoints.reader import Checkpoint
+from toolkit.checkpoints.view import CheckpointView
 from toolkit.errors import Problem, ToolkitError
 from toolkit.merge.align.weight_matching import align, common_symmetry
 from toolkit.merge.inputs import GroupInputs, Input, Inputs
 from toolkit.merge.spec import AlignSpec, MergeSpec
 
 
-class AlignedCheckpoint(Checkpoint):
+class AlignedCheckpoint(CheckpointView):
     """A model that is aligned to a reference when something of it is read for the first time."""
 
     def __init__(self, reference: Checkpoint, inner: Checkpoint, settings: AlignSpec) -> None:
-        self.reference, self.inner, self.settings = reference, inner, settings
-        self.source, self.config, self.folder, self.tensors = inner.source, inner.config, inner.folder, inner.tensors
+        super().__init__(inner)
+        self.reference, self.settings = reference, settings
         self._lock = threading.Lock()
         self._view: Checkpoint | None = None
 
@@ -48,10 +49,6 @@ class AlignedCheckpoint(Checkpoint):
         self._aligned().read(name, start, stop, out)
 
     @override
-    def read_bytes(self, name: str) -> int:
-        return self.inner.read_bytes(name)
-
-    @override
     def files(self) -> set[Path]:
         return self.inner.files() | self.reference.files()
 
@@ -59,10 +56,6 @@ class AlignedCheckpoint(Checkpoint):
     @override
     def buffer_bytes(self) -> int:
         return self.inner.buffer_bytes + _matching_bytes(self.tensors)
-
-    @override
-    def close(self) -> None:
-        self.inner.close()
 
 
 def _matching_bytes(tensors: Mapping[str, TensorInfo]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,14 @@ from typing_extensions import override
 
 from toolkit.checkpoints.dtypes import Bytes, Floats
 from toolkit.checkpoints.reader import Checkpoint
+from toolkit.checkpoints.view import CheckpointView
 from toolkit.merge.align.axes import Axis, Permutation, Symmetry
 
 _Fetch = Callable[[int, int], NDArray[Any]]
 """Returns elements `start` to `stop` of a stored tensor, flattened."""
 
 
-class PermutedCheckpoint(Checkpoint):
+class PermutedCheckpoint(CheckpointView):
     """Another checkpoint with permuted axes; a slice is made of the rows that it needs, and of no others.
 
     Args:
@@ -28,8 +28,8 @@ class PermutedCheckpoint(Checkpoint):
     """
 
     def __init__(self, inner: Checkpoint, symmetry: Symmetry, permutations: Mapping[str, Permutation]) -> None:
-        self.inner, self.symmetry, self.permutations = inner, symmetry, dict(permutations)
-        self.source, self.config, self.folder, self.tensors = inner.source, inner.config, inner.folder, inner.tensors
+        super().__init__(inner)
+        self.symmetry, self.permutations = symmetry, dict(permutations)
         self._orders: dict[Axis, Permutation] = {}
 
     @override
@@ -37,7 +37,7 @@ class PermutedCheckpoint(Checkpoint):
         stored, info = self._stored(name), self.info(name)
         stop = info.count if stop is None else stop
         if not self._is_permuted(stored):
-            return self.inner.read_raw(stored, start, stop)
+            return super().read_raw(name, start, stop)
         element = f"u{info.dtype.bits // 8}"
         return self._gather(
             stored, start, stop, lambda first, last: self.inner.read_raw(stored, first, last).view(element)
@@ -47,7 +47,7 @@ class PermutedCheckpoint(Checkpoint):
     def read(self, name: str, start: int, stop: int, out: Floats) -> None:
         stored = self._stored(name)
         if not self._is_permuted(stored):
-            self.inner.read(stored, start, stop, out)
+            super().read(name, start, stop, out)
             return
 
         def fetch(first: int, last: int) -> Floats:
@@ -59,24 +59,7 @@ class PermutedCheckpoint(Checkpoint):
 
     @override
     def is_stored(self, name: str) -> bool:
-        return not self._is_permuted(self._stored(name)) and self.inner.is_stored(name)
-
-    @override
-    def read_bytes(self, name: str) -> int:
-        return self.inner.read_bytes(name)
-
-    @override
-    def files(self) -> set[Path]:
-        return self.inner.files()
-
-    @property
-    @override
-    def buffer_bytes(self) -> int:
-        return self.inner.buffer_bytes
-
-    @override
-    def close(self) -> None:
-        self.inner.close()
+        return not self._is_permuted(self._stored(name)) and super().is_stored(name)
 
     def _is_permuted(self, stored: str) -> bool:
         return any(axis and axis.group.name in self.permutations for axis in self.symmetry.axes.get(stored, ()))

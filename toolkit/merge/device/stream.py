@@ -146,7 +146,14 @@ class DeviceStream(Stream):
     def _merged(self, wanted: Sequence[tuple[int, int]] | Iterator[tuple[int, int]]) -> Iterator[tuple[int, Floats]]:
         state = self.state
         for start, x, base in self._slices(wanted):
+            self._look_through(x)
             yield start, self._on_base(self._combine(x, state, start), base)
+
+    @override
+    def _look_through(self, x: Floats) -> None:
+        if not self.method.uses_all:
+            # Nothing waits for the device before the last slice is there.
+            self._finite = torch.isfinite(cast(DeviceArray, x).tensor).all() & self._finite
 
     def _slices(
         self, wanted: Sequence[tuple[int, int]] | Iterator[tuple[int, int]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -70,3 +71,10 @@ def bands(tensor: TensorStream, params: BreadcrumbsParams) -> list[Band]:
         return found
     factors = norm_ratios(tensor, [None if k == count else b.drop for b, k in zip(found, kept, strict=True)])
     return [replace(band, factor=factor) for band, factor in zip(found, factors, strict=True)]
+
+
+def drop_all(bands: Sequence[Band], x: Floats, start: int) -> Floats:
+    """Drop both ends of one slice of deltas `[M, N]`, and rescale it, in place."""
+    for row, band in zip(x, bands, strict=True):
+        band.drop_and_rescale(row, start)
+    return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
@@ -75,3 +76,10 @@ def masks(tensor: TensorStream, params: DareParams) -> list[RandomMask]:
     found = [replace(mask, remembered=Remembered(elements)) for mask in found]
     factors = norm_ratios(tensor, [None if mask.density == 1 else mask.drop for mask in found])
     return [replace(mask, factor=factor) for mask, factor in zip(found, factors, strict=True)]
+
+
+def drop_all(masks: Sequence[RandomMask], x: Floats, start: int) -> Floats:
+    """Drop and rescale one slice of deltas `[M, N]`, in place."""
+    for row, mask in zip(x, masks, strict=True):
+        mask.drop_and_rescale(row, start)
+    return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
@@ -191,8 +192,8 @@ def _drop(mask: RankedMask, width: int, x: Floats, start: int) -> None:
     mask.drop(x.reshape(-1, width), start)
 
 
-def drop_all(x: Floats, state: list[RankedMask], start: int) -> Floats:
-    """Drop and rescale whole rows `[M, R, K]`; returns them as `[M, R * K]`."""
-    for rows, mask in zip(x, state, strict=True):
+def drop_all(masks: Sequence[RankedMask], x: Floats, start: int) -> Floats:
+    """Drop and rescale whole rows `[M, R, K]` in place; returns them as `[M, R * K]`."""
+    for rows, mask in zip(x, masks, strict=True):
         mask.drop_and_rescale(rows, start)
     return x.reshape(len(x), -1)

@@ -28,7 +28,12 @@ class RegMeanParams(MethodParams):
     ridge: float = Field(1e-6, ge=0)
 
 
-def regression_mean(x: Floats, tensor: TensorStream, params: RegMeanParams) -> Floats:
+def prepare(tensor: TensorStream, params: RegMeanParams) -> TensorStream:
+    """Return the tensor, whose statistics are read when it is merged."""
+    return tensor
+
+
+def combine(x: Floats, params: RegMeanParams, tensor: TensorStream, start: int) -> Floats:
     """Return `(sum_i w_i G_i)^-1 sum_i w_i G_i W_i` of linear weights `x` `[M, *shape]`, else their weighted mean.
 
     Solved in float64. `G_i` `[K, K]` are the inner products of what enters the layer in model i.
@@ -67,8 +72,8 @@ def _solve(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[Any
         return np.linalg.lstsq(left, right, rcond=None)[0]
 
 
-def regression_bytes(shape: tuple[int, ...], models: int) -> int:
-    """Bound what `regression_mean` allocates: inner products in float32, two in float64, and both sides."""
+def memory(shape: tuple[int, ...], models: int) -> int:
+    """Bound what `combine` allocates: inner products in float32, two in float64, and both sides."""
     if len(shape) != 2:
         return 0
     inputs, outputs = max(shape), min(shape)

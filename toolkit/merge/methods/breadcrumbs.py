@@ -11,7 +11,7 @@ from math import prod
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import TensorStream
 from toolkit.merge.methods import task_arithmetic
-from toolkit.merge.methods._breadcrumbs import Band, BreadcrumbsParams, bands
+from toolkit.merge.methods._breadcrumbs import Band, BreadcrumbsParams, bands, drop_all
 from toolkit.merge.selection import search_bytes
 
 TAKES = "deltas"
@@ -29,9 +29,7 @@ def prepare(tensor: TensorStream, params: Params) -> list[Band]:
 
 def combine(x: Floats, params: Params, state: list[Band], start: int) -> Floats:
     """Drop both ends and add up one slice of deltas `[M, N]`."""
-    for row, band in zip(x, state, strict=True):
-        band.drop_and_rescale(row, start)
-    return task_arithmetic.combine(x, params, None, start)
+    return task_arithmetic.combine(drop_all(state, x, start), params, None, start)
 
 
 def memory(shape: tuple[int, ...], models: int) -> int:

@@ -6,12 +6,13 @@ Davari and Belilovsky, "Model Breadcrumbs: Scaling Multi-Task Model Merging with
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import TensorStream
-from toolkit.merge.methods._breadcrumbs import Band, BreadcrumbsParams, bands
-from toolkit.merge.methods._sign_consensus import ConsensusParams, merge_by_consensus
+from toolkit.merge.methods._breadcrumbs import Band, BreadcrumbsParams, bands, drop_all
+from toolkit.merge.methods._sign_consensus import ConsensusParams, merge_by_consensus, sign_of_ties
 from toolkit.merge.selection import search_bytes
 
 TAKES = "deltas"
@@ -22,16 +23,19 @@ class Params(BreadcrumbsParams, ConsensusParams):
     """Parameters of `breadcrumbs_ties`: those of dropping both ends, and those of a sign consensus."""
 
 
-def prepare(tensor: TensorStream, params: Params) -> list[Band]:
-    """Find what each model keeps."""
-    return bands(tensor, params)
+State = tuple[list[Band], float]
 
 
-def combine(x: Floats, params: Params, state: list[Band], start: int) -> Floats:
+def prepare(tensor: TensorStream, params: Params) -> State:
+    """Find what each model keeps, and the sign of elements without a vote."""
+    found = bands(tensor, params)
+    return found, sign_of_ties(tensor, params, partial(drop_all, found))
+
+
+def combine(x: Floats, params: Params, state: State, start: int) -> Floats:
     """Drop both ends and merge one slice of deltas `[M, N]`."""
-    for row, band in zip(x, state, strict=True):
-        band.drop_and_rescale(row, start)
-    return merge_by_consensus(x, params)
+    found, zero = state
+    return merge_by_consensus(drop_all(found, x, start), params, zero)
 
 
 def memory(shape: tuple[int, ...], models: int) -> int:

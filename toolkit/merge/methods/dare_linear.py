@@ -12,7 +12,7 @@ from math import prod
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import TensorStream
 from toolkit.merge.methods import task_arithmetic
-from toolkit.merge.methods._dare import DareParams, RandomMask, masks
+from toolkit.merge.methods._dare import DareParams, RandomMask, drop_all, masks
 from toolkit.merge.methods._remembered import remembered_bytes
 
 TAKES = "deltas"
@@ -36,9 +36,7 @@ def prepare(tensor: TensorStream, params: Params) -> list[RandomMask]:
 
 def combine(x: Floats, params: Params, state: list[RandomMask], start: int) -> Floats:
     """Drop, rescale and add up one slice of deltas `[M, N]`."""
-    for row, mask in zip(x, state, strict=True):
-        mask.drop_and_rescale(row, start)
-    return task_arithmetic.combine(x, params, None, start)
+    return task_arithmetic.combine(drop_all(state, x, start), params, None, start)
 
 
 def memory(shape: tuple[int, ...], models: int) -> int:

@@ -8,16 +8,20 @@ those of the paper, of mergekit and of PEFT.
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 
 from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import TensorStream
-from toolkit.merge.methods._dare import DareParams, RandomMask, masks
+from toolkit.merge.methods._dare import DareParams, RandomMask, drop_all, masks
 from toolkit.merge.methods._remembered import remembered_bytes
-from toolkit.merge.methods._sign_consensus import ConsensusParams, merge_by_consensus
+from toolkit.merge.methods._sign_consensus import ConsensusParams, merge_by_consensus, sign_of_ties
 
 TAKES = "deltas"
 MODELS = (1, None)
+
+
+_COUNTED = {"rescale_by": "density", "vote": "total", "divisor": "count", "normalize": True}
 
 
 class Params(DareParams, ConsensusParams):
@@ -25,21 +29,24 @@ class Params(DareParams, ConsensusParams):
 
     PRESETS = {
         "mergekit": {"rescale_by": "norm", "vote": "weighted", "divisor": "weights", "normalize": False},
-        "paper": {"rescale_by": "density", "vote": "total", "divisor": "count", "normalize": True},
-        "peft": {"rescale_by": "density", "vote": "total", "divisor": "count", "normalize": True},
+        "paper": _COUNTED | {"zero_vote": "majority"},
+        "peft": _COUNTED,
     }
 
 
-def prepare(tensor: TensorStream, params: Params) -> list[RandomMask]:
-    """Return the mask of each model."""
-    return masks(tensor, params)
+State = tuple[list[RandomMask], float]
 
 
-def combine(x: Floats, params: Params, state: list[RandomMask], start: int) -> Floats:
+def prepare(tensor: TensorStream, params: Params) -> State:
+    """Return the mask of each model, and the sign of elements without a vote."""
+    found = masks(tensor, params)
+    return found, sign_of_ties(tensor, params, partial(drop_all, found))
+
+
+def combine(x: Floats, params: Params, state: State, start: int) -> Floats:
     """Drop, rescale and merge one slice of deltas `[M, N]`."""
-    for row, mask in zip(x, state, strict=True):
-        mask.drop_and_rescale(row, start)
-    return merge_by_consensus(x, params)
+    found, zero = state
+    return merge_by_consensus(drop_all(found, x, start), params, zero)
 
 
 def memory(shape: tuple[int, ...], models: int) -> int:

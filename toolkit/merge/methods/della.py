@@ -13,7 +13,7 @@ from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import TensorStream
 from toolkit.merge.methods._della import DellaParams, RankedMask, drop_all, masks
 from toolkit.merge.methods._remembered import remembered_bytes
-from toolkit.merge.methods._sign_consensus import ConsensusParams, merge_by_consensus
+from toolkit.merge.methods._sign_consensus import ConsensusParams, merge_by_consensus, sign_of_ties
 
 TAKES = "deltas"
 MODELS = (1, None)
@@ -26,14 +26,23 @@ class Params(DellaParams, ConsensusParams):
     normalize: bool = True
 
 
-def prepare(tensor: TensorStream, params: Params) -> list[RankedMask]:
-    """Return the mask of each model."""
-    return masks(tensor, params)
+State = tuple[list[RankedMask], float]
 
 
-def combine(x: Floats, params: Params, state: list[RankedMask], start: int) -> Floats:
+def prepare(tensor: TensorStream, params: Params) -> State:
+    """Return the mask of each model, and the sign of elements without a vote."""
+    found, width = masks(tensor, params), tensor.shape[-1] if tensor.shape else 1
+
+    def drop(x: Floats, start: int) -> Floats:
+        return drop_all(found, x.reshape(len(x), -1, width), start)
+
+    return found, sign_of_ties(tensor, params, drop)
+
+
+def combine(x: Floats, params: Params, state: State, start: int) -> Floats:
     """Drop, rescale and merge whole rows of deltas `[M, R, K]`."""
-    return merge_by_consensus(drop_all(x, state, start), params).reshape(x.shape[1:])
+    found, zero = state
+    return merge_by_consensus(drop_all(found, x, start), params, zero).reshape(x.shape[1:])
 
 
 def memory(shape: tuple[int, ...], models: int) -> int:

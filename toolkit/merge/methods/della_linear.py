@@ -30,7 +30,7 @@ def prepare(tensor: TensorStream, params: Params) -> list[RankedMask]:
 
 def combine(x: Floats, params: Params, state: list[RankedMask], start: int) -> Floats:
     """Drop, rescale and add up whole rows of deltas `[M, R, K]`."""
-    return task_arithmetic.combine(drop_all(x, state, start), params, None, start).reshape(x.shape[1:])
+    return task_arithmetic.combine(drop_all(state, x, start), params, None, start).reshape(x.shape[1:])
 
 
 def memory(shape: tuple[int, ...], models: int) -> int:

@@ -22,6 +22,7 @@ from toolkit.merge.ops import inner, weighted_sum
 
 TAKES = "weights"
 MODELS = (1, None)
+USES_ALL = True
 STATISTICS = "fisher"
 
 

@@ -1,4 +1,4 @@
-"""Mean of several models, or of their deltas where there is a base, along the arcs of the sphere.
+"""Mean of several models along the arcs of the sphere.
 
 The Karcher mean of the directions `u_i = v_i / |v_i|` is the `m` on the sphere with the smallest
 `sum_i w_i angle(m, u_i)^2`; the result is `(sum_i w_i |v_i|) * m`, with weights that sum to 1. It is found by steps
@@ -6,9 +6,9 @@ The Karcher mean of the directions `u_i = v_i / |v_i|` is the `m` on the sphere 
 the steps are taken on its `M` coefficients and cost nothing.
 
 Karcher, "Riemannian center of mass and mollifier smoothing", 1977; for model weights as mergekit applies it
-(arXiv:2603.04972), where all weights are equal. A zero tensor has no direction and counts for the norm only. Where the
-directions cancel, no direction is their mean, and the result is the straight mean `sum_i w_i v_i`; a model opposite to
-`m` is equally far on all sides and does not pull.
+(arXiv:2603.04972), where all weights are equal and a base is one more model. A zero tensor has no direction and counts
+for the norm only. Where the directions cancel, no direction is their mean, and the result is the straight mean
+`sum_i w_i v_i`; a model opposite to `m` is equally far on all sides and does not pull.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from toolkit.checkpoints.dtypes import Floats
 from toolkit.merge.method import MethodParams, TensorStream
 from toolkit.merge.ops import cosines, gram, weighted_sum
 
-TAKES = "either"
+TAKES = "weights"
 MODELS = (1, None)
+USES_ALL = True
+BASE_JOINS = True
 
 CANCELLED = 1e-6
 """Length of the mean of unit vectors, and sine of an angle, that float32 cannot tell from 0."""
@@ -61,11 +63,6 @@ def prepare(tensor: TensorStream, params: Params) -> list[float]:
     mean = _mean(pulls / pulls.sum(), cosine, params)
     norm = float(weights @ norms)
     return np.divide(norm * mean, norms, out=np.zeros_like(norms), where=norms > 0).tolist()
-
-
-def coefficients(params: Params, state: list[float]) -> list[float]:
-    """Return the factor of each model's delta."""
-    return state
 
 
 def combine(x: Floats, params: Params, state: list[float], start: int) -> Floats:

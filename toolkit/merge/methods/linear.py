@@ -1,12 +1,12 @@
 """Weighted average of weights: `sum_i w_i theta_i / sum_i w_i`.
 
 Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
-increasing inference time", 2022 (arXiv:2203.05482).
+increasing inference time", 2022 (arXiv:2203.05482). As in mergekit, a base is one more model where `parameters` give
+it a weight; else it is the donor only.
 """
 
 from __future__ import annotations
 
-import numpy as np
 from pydantic import model_validator
 
 from toolkit.checkpoints.dtypes import Floats
@@ -15,6 +15,8 @@ from toolkit.merge.ops import weighted_sum
 
 TAKES = "weights"
 MODELS = (1, None)
+USES_ALL = True
+BASE_JOINS = True
 
 
 class Params(MethodParams):
@@ -37,16 +39,15 @@ class Params(MethodParams):
 
 def combine(x: Floats, params: Params, state: None, start: int) -> Floats:
     """Average one chunk `[M, N]`."""
-    total = weighted_sum(x, params.weight)
-    if params.normalize:
-        np.divide(total, np.float32(sum(params.weight)), out=total)
-    return total
+    return weighted_sum(x, _shares(params))
 
 
 def coefficients(params: Params, state: object = None) -> list[float] | None:
     """Return the factor of each model's delta; a sum that is not normalized scales the base as well."""
-    if not idempotent(params):
-        return None
+    return _shares(params) if idempotent(params) else None
+
+
+def _shares(params: Params) -> list[float]:
     total = sum(params.weight) if params.normalize else 1.0
     return [weight / total for weight in params.weight]
 

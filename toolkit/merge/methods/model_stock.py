@@ -18,6 +18,7 @@ from toolkit.merge.ops import cosines, gram, weighted_sum
 
 TAKES = "deltas"
 MODELS = (2, None)
+USES_ALL = True
 SCOPE = "row"
 
 POLE = 1e-6

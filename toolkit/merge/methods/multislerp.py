@@ -22,6 +22,7 @@ from toolkit.merge.ops import cosines, gram, weighted_sum
 
 TAKES = "either"
 MODELS = (1, None)
+USES_ALL = True
 
 CANCELLED = 1e-6
 """Length of the mean of unit vectors that float32 cannot tell from 0."""

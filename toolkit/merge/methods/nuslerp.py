@@ -21,6 +21,7 @@ from toolkit.merge.ops import gram
 
 TAKES = "either"
 MODELS = (2, 2)
+USES_ALL = True
 SCOPE = "row"
 
 COLLINEAR = 1e-4

@@ -9,6 +9,7 @@ from toolkit.merge.method import MethodParams
 
 TAKES = "weights"
 MODELS = (1, 1)
+USES_ALL = True
 
 
 class Params(MethodParams):

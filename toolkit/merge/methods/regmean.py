@@ -10,30 +10,13 @@ Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", 2
 
 from __future__ import annotations
 
-from toolkit.checkpoints.dtypes import Floats
-from toolkit.merge.method import MethodParams, TensorStream
-from toolkit.merge.methods._regmean import RegMeanParams, regression_bytes, regression_mean
+from toolkit.merge.methods import _regmean
 
 TAKES = "weights"
 MODELS = (1, None)
+USES_ALL = True
 SCOPE = "tensor"
 STATISTICS = "gram"
 
-
-class Params(RegMeanParams, MethodParams):
-    """Parameters of `regmean`; those of regression means."""
-
-
-def prepare(tensor: TensorStream, params: Params) -> TensorStream:
-    """Return the tensor, whose statistics are read when it is merged."""
-    return tensor
-
-
-def combine(x: Floats, params: Params, state: TensorStream, start: int) -> Floats:
-    """Merge one tensor `[M, *shape]`."""
-    return regression_mean(x, state, params)
-
-
-def memory(shape: tuple[int, ...], models: int) -> int:
-    """Bound what `combine` allocates."""
-    return regression_bytes(shape, models)
+Params = _regmean.RegMeanParams
+prepare, combine, memory = _regmean.prepare, _regmean.combine, _regmean.memory

@@ -16,6 +16,7 @@ from toolkit.merge.ops import cosines, gram, weighted_sum
 
 TAKES = "weights"
 MODELS = (2, 2)
+USES_ALL = True
 BASE_FIRST = True
 
 PARALLEL = 0.9995

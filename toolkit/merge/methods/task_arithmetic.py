@@ -5,7 +5,6 @@ Ilharco et al., "Editing Models with Task Arithmetic", 2022 (arXiv:2212.04089).
 
 from __future__ import annotations
 
-import numpy as np
 from pydantic import Field
 
 from toolkit.checkpoints.dtypes import Floats
@@ -14,6 +13,7 @@ from toolkit.merge.ops import weighted_sum
 
 TAKES = "deltas"
 MODELS = (1, None)
+USES_ALL = True
 
 
 class Params(MethodParams):
@@ -32,7 +32,7 @@ class Params(MethodParams):
 
 def combine(x: Floats, params: Params, state: None, start: int) -> Floats:
     """Add one chunk of deltas `[M, N]`."""
-    return weighted_sum(x, np.asarray(coefficients(params)).tolist())
+    return weighted_sum(x, coefficients(params))
 
 
 def coefficients(params: Params, state: object = None) -> list[float]:

@@ -8,6 +8,7 @@ names those of the paper's code, of mergekit and of PEFT.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from math import prod
 from typing import Annotated, Literal
 
@@ -15,27 +16,21 @@ import numpy as np
 from pydantic import Field
 
 from toolkit.checkpoints.dtypes import Floats
-from toolkit.merge.method import MethodParams, TensorStream
-from toolkit.merge.ops import agree_on_signs
+from toolkit.merge.method import TensorStream
+from toolkit.merge.methods._sign_consensus import ConsensusParams, merge_by_consensus, sign_of_ties
 from toolkit.merge.selection import Cut, largest, search_bytes
 
 TAKES = "deltas"
 MODELS = (1, None)
 
 
-class Params(MethodParams):
-    """Parameters of `ties`.
+class Params(ConsensusParams):
+    """Parameters of `ties`: those of a sign consensus, and what is trimmed before.
 
     Attributes:
         preset: whose choices hold where the spec makes none: `mergekit`, `paper` or `peft`.
-        weight: of each model's delta.
         density: share of each delta that is kept, the largest by magnitude; at least one element.
-        scale: `lambda` in a spec; of the merged delta.
-        normalize: divide the sum of what agrees by `divisor`.
         trim: the largest elements of each `tensor`, or of the whole `model`.
-        vote: for the sign of an element: `weighted` values, their `total` without weights, or `frequency` of signs.
-        zero_vote: sign where the vote is 0: `plus`, or the `majority` of the tensor's elected signs.
-        divisor: `weights` of the models that agree, or their `count`.
     """
 
     PRESETS = {
@@ -45,14 +40,9 @@ class Params(MethodParams):
     }
 
     preset: Literal["mergekit", "paper", "peft"] = "mergekit"
-    weight: tuple[float, ...] = (1.0,)
     density: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
-    scale: float = Field(1.0, alias="lambda")
     normalize: bool = True
     trim: Literal["tensor", "model"] = "tensor"
-    vote: Literal["weighted", "total", "frequency"] = "weighted"
-    zero_vote: Literal["plus", "majority"] = "plus"
-    divisor: Literal["weights", "count"] = "weights"
 
 
 State = tuple[Sequence[Cut], float]
@@ -85,24 +75,19 @@ def prepare(tensor: TensorStream, params: Params) -> State:
     if not cuts:
         keep = [[max(1, int(density * tensor.count))] for density in params.density]
         cuts = [cut for (cut,) in largest(tensor.stacked, tensor.count, keep)]
-    if params.zero_vote == "plus":
-        return cuts, 1.0
-    balance = 0
-    for start, x in tensor.stacked():
-        for row, cut in zip(x, cuts, strict=True):
-            cut.drop(row, start)
-        balance += int(np.sign(x.sum(axis=0)).sum())
-    return cuts, 1.0 if balance >= 0 else -1.0
+    return cuts, sign_of_ties(tensor, params, partial(_trim, cuts))
 
 
 def combine(x: Floats, params: Params, state: State, start: int) -> Floats:
     """Trim, elect and merge one slice of deltas `[M, N]`."""
     cuts, zero = state
+    return merge_by_consensus(_trim(cuts, x, start), params, zero)
+
+
+def _trim(cuts: Sequence[Cut], x: Floats, start: int) -> Floats:
     for row, cut in zip(x, cuts, strict=True):
         cut.drop(row, start)
-    divisor = params.divisor if params.normalize else "none"
-    merged = agree_on_signs(x, params.weight, vote=params.vote, zero=zero, divisor=divisor)
-    return np.multiply(merged, np.float32(params.scale), out=merged)
+    return x
 
 
 def memory(shape: tuple[int, ...], models: int) -> int:

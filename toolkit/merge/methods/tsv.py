@@ -28,6 +28,7 @@ from toolkit.merge.ops import merge_matrices, svd_bytes, thin_svd
 
 TAKES = "deltas"
 MODELS = (1, None)
+USES_ALL = True
 SCOPE = "tensor"
 
 

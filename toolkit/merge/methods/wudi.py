@@ -33,6 +33,7 @@ from toolkit.merge.ops import merge_matrices
 
 TAKES = "deltas"
 MODELS = (1, None)
+USES_ALL = True
 SCOPE = "tensor"
 
 _MEAN_DECAY, _SQUARE_DECAY, _EPSILON = 0.9, 0.999, 1e-8

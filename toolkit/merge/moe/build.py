@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from toolkit import specs
 from toolkit.checkpoints.companions import copy_companions, write_card
 from toolkit.checkpoints.deltas import chunks
-from toolkit.checkpoints.dtypes import Bytes, DType, Floats, decode
+from toolkit.checkpoints.dtypes import Floats, all_finite
 from toolkit.checkpoints.writer import SHARD_BYTES, WeightsWriter, check_free, check_space, staged, write_text
 from toolkit.merge.moe.gates import alike, make_gates
-from toolkit.merge.moe.parts import Taken
 from toolkit.merge.moe.plan import Plan, make_plan
 from toolkit.merge.moe.spec import MoeSpec
 from toolkit.progress import track
@@ -96,7 +93,7 @@ def _write(plan: Plan, gates: Floats, folder: Path, quiet: bool) -> list[str]:
                 finite = True
                 for start, stop in chunks(part.tensor.shape):
                     raw = part.read(start, stop, gates)
-                    finite &= (isinstance(part, Taken) and part.is_copy) or _is_finite(raw, part.tensor.dtype)
+                    finite &= all_finite(raw, part.tensor.dtype)
                     writer.write(part.tensor.name, start, raw)
                 bad += [] if finite else [part.tensor.name]
                 progress.advance(part.tensor.nbytes)
@@ -105,12 +102,6 @@ def _write(plan: Plan, gates: Floats, folder: Path, quiet: bool) -> list[str]:
     finally:
         writer.close()
     return bad
-
-
-def _is_finite(raw: Bytes, dtype: DType) -> bool:
-    values = np.empty(raw.nbytes * 8 // dtype.bits, np.float32)
-    decode(raw, dtype, values)
-    return bool(np.isfinite(values).all())
 
 
 def _write_companions(plan: Plan, folder: Path) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-from toolkit.checkpoints.adapters import Adapter, is_adapter, open_adapter
-from toolkit.checkpoints.deltas import AdaptedCheckpoint, AdapterDelta
+from toolkit.checkpoints.compressed import on_base
+from toolkit.checkpoints.deltas import AdaptedCheckpoint
 from toolkit.checkpoints.layout import INPUT_EMBEDDINGS, Layout
-from toolkit.checkpoints.locate import locate
 from toolkit.checkpoints.reader import Checkpoint, open_checkpoint
 from toolkit.checkpoints.tokenizers import read_tokenizer
-from toolkit.errors import Problem, ToolkitError
+from toolkit.errors import Problem, SpecError, ToolkitError
+from toolkit.merge.inputs import change_of
 from toolkit.merge.moe.architectures import PROJECTIONS, Architecture
 from toolkit.merge.moe.spec import MoeSpec
+from toolkit.merge.plan import open_merge
+from toolkit.merge.spec import MergeSpec
 
 EMBEDDINGS = f"model.{INPUT_EMBEDDINGS[0]}"
 RENAMED = 0.01
@@ -75,32 +76,28 @@ def _open(
     opened: dict[object, Checkpoint],
     allow_pickle: bool,
 ) -> Checkpoint | None:
-    """Open a model once; an adapter that names no model of its own is one of `base`, or brings its own."""
+    """Open a model once."""
     key = source if isinstance(source, str) else id(source)
     if key not in opened:
         try:
-            own, adapter = _adapter_in(source)
-            if adapter is None:
-                opened[key] = open_checkpoint(source, allow_pickle=allow_pickle)
-            elif own is None and base is not None:
-                opened[key] = AdaptedCheckpoint(AdapterDelta(base, adapter))
-            else:
-                under = open_checkpoint(own or adapter.base_model or "", allow_pickle=allow_pickle)
-                opened[key] = AdaptedCheckpoint(AdapterDelta(under, adapter))
+            opened[key] = _opened(source, base, where, allow_pickle)
+        except SpecError as error:  # of a merge
+            found += [Problem(f"{where}.{problem.where}", problem.message) for problem in error.problems]
         except ToolkitError as error:
             found.append(Problem(where, str(error)))
     return opened.get(key)
 
 
-def _adapter_in(source: object) -> tuple[str | None, Adapter | None]:
-    """Return the model and the adapter of `model+adapter`, or an adapter alone; `(None, None)` for a full model."""
-    if not isinstance(source, str):
-        return None, None
-    model, plus, adapter = source.partition("+")
-    if plus and not Path(source).exists():
-        return model, open_adapter(adapter)
-    path = locate(source)
-    return None, open_adapter(source) if path.is_dir() and is_adapter(path) else None
+def _opened(source: object, base: Checkpoint | None, where: str, allow_pickle: bool) -> Checkpoint:
+    """Open a model; a change of a base that names no model of its own is one of `base`, or brings its own."""
+    if isinstance(source, MergeSpec):
+        return open_merge(source, where, allow_pickle=allow_pickle)
+    own, change = change_of(source)
+    if change is None:
+        return open_checkpoint(source, allow_pickle=allow_pickle)
+    if own is None and base is not None:
+        return on_base(base, change)
+    return on_base(open_checkpoint(own or change.base_model or "", allow_pickle=allow_pickle), change)
 
 
 def check_models(architecture: Architecture, models: Models) -> list[Problem]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from toolkit.checkpoints.deltas import AdaptedCheckpoint
 from toolkit.checkpoints.dtypes import Bytes, DType, Floats, encode
 from toolkit.checkpoints.headers import TensorInfo
 from toolkit.merge.moe.architectures import PROJECTIONS, Architecture
@@ -59,8 +58,7 @@ class Taken(Part):
     def is_copy(self) -> bool:
         """Whether its bytes are taken as they are stored."""
         same = self.place.info.dtype == self.tensor.dtype and not self.noise and self.scale == 1
-        checkpoint = self.place.checkpoint
-        return same and not (isinstance(checkpoint, AdaptedCheckpoint) and checkpoint.delta.touches(self.place.name))
+        return same and self.place.is_stored
 
     def read(self, start: int, stop: int, gates: Floats) -> Bytes:
         """Return the bytes; sums are float32 and rounded once."""

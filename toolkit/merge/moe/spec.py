@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from toolkit.errors import Problem
-from toolkit.merge.spec import PlainModel
+from toolkit.merge.spec import MergeSpec, Model, PlainModel  # noqa: F401 - pydantic looks up what Model mentions
 from toolkit.specs import Spec
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -21,14 +21,15 @@ class ExpertSpec(Spec):
     """One expert.
 
     Attributes:
-        source_model: a full checkpoint, a LoRA folder of the base, or `model+lora`; its MLPs are taken.
+        source_model: a full checkpoint, a LoRA folder or compressed deltas (`FOLDER#TASK`) of the base, `model+lora`,
+            or a merge, which is computed as it is read; its MLPs are taken.
         positive_prompts: texts whose tokens go to this expert.
         negative_prompts: texts whose tokens do not.
         noise_scale: standard deviation of noise that is added to its weights, so that training can tell copies apart.
         residual_scale: factor of what the expert adds to the residual stream.
     """
 
-    source_model: PlainModel
+    source_model: Model
     positive_prompts: list[str] | None = None
     negative_prompts: list[str] | None = None
     noise_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
