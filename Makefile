@@ -2,18 +2,20 @@
 #   make quickstart                    the whole story, in minutes
 #   make test                          the tests that take minutes; `make test-all` takes those that take longer, too
 #   make check                         formatting, lint, types
+#   make soak SECONDS=1200             fifty clients of one server for a while; fails if anything is wrong or left over
 #   make quickstart TORCH_INDEX=URL    take torch from another package index
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 OUT ?= quickstart
+SECONDS ?= 1200
 RUN := $(VENV)/bin
 INSTALL := $(PYTHON) tools/install.py --venv $(VENV) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 # Two test processes of one thread each: several threads in several processes slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadscope
 
-.PHONY: quickstart install test test-all check format base clean
+.PHONY: quickstart install test test-all soak check format base clean
 
 quickstart: install
 	$(RUN)/toolkit quickstart $(OUT)
@@ -29,6 +31,9 @@ test: dev
 
 test-all: dev
 	$(PYTEST) -m ""
+
+soak: dev
+	OMP_NUM_THREADS=1 $(RUN)/python -m tests.serving.soak --seconds $(SECONDS)
 
 check: dev
 	$(RUN)/ruff format --check

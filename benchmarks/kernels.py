@@ -14,6 +14,9 @@ from tests.kernels.harness import compile_in_process
 from toolkit.kernels.launch import GENERATIONS
 
 LORA = ["decode", "decode_float32", "prefill", "prefill_float32", "backward", "embedding"]
+ATTENTION = [f"attend_in_{what}{dtype}" for what in ("prefill", "training", "decode") for dtype in ("", "_float32")]
+CODES = ["attend_to_codes", "attend_to_half_codes", "quantize", "quantize_to_half_codes"]
+CASES = [*LORA, *ATTENTION, *CODES, "merge"]
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
 
 

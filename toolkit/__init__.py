@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from toolkit.adapters.train import train
     from toolkit.jobs.align import align
+    from toolkit.jobs.bench_serve.run import bench_serve
     from toolkit.jobs.evaluate import evaluate
     from toolkit.jobs.inspect import inspect
     from toolkit.jobs.quickstart import quickstart
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     from toolkit.merge.record import verify as verify_merge
     from toolkit.merge.run import merge
     from toolkit.models.load import load_model
-    from toolkit.routing.router import Router, fit_router, load_router
+    from toolkit.routing.calibrate import calibrate_router
+    from toolkit.routing.compare import compare_routers
+    from toolkit.routing.fit import fit_router
+    from toolkit.routing.router import Router, load_router
     from toolkit.serving.engine import Engine
     from toolkit.serving.request import Sampling
     from toolkit.serving.serve import background_server, serve
@@ -36,12 +40,15 @@ _PUBLIC = {
     "Sampling": "toolkit.serving.request:Sampling",
     "align": "toolkit.jobs.align:align",
     "background_server": "toolkit.serving.serve:background_server",
+    "bench_serve": "toolkit.jobs.bench_serve.run:bench_serve",
     "build_moe": "toolkit.merge.moe.build:build_moe",
+    "calibrate_router": "toolkit.routing.calibrate:calibrate_router",
+    "compare_routers": "toolkit.routing.compare:compare_routers",
     "evaluate": "toolkit.jobs.evaluate:evaluate",
     "evaluate_router": "toolkit.jobs.route:evaluate_router",
     "explain_route": "toolkit.jobs.route:explain_route",
     "extract": "toolkit.merge.extract:extract",
-    "fit_router": "toolkit.routing.router:fit_router",
+    "fit_router": "toolkit.routing.fit:fit_router",
     "inspect": "toolkit.jobs.inspect:inspect",
     "learn": "toolkit.merge.learning.learn:learn",
     "load_model": "toolkit.models.load:load_model",
@@ -63,7 +70,10 @@ __all__ = [
     "Sampling",
     "align",
     "background_server",
+    "bench_serve",
     "build_moe",
+    "calibrate_router",
+    "compare_routers",
     "evaluate",
     "evaluate_router",
     "explain_route",

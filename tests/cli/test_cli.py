@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,15 @@ def test_help_lists_every_command(run):
     assert run("route", "--help")[0] == 0
 
 
+def test_a_command_imports_no_other():
+    code = (
+        "import sys; from toolkit.cli import main; main(['merge', '--help'])\n"
+        "print(sorted(name for name in sys.modules if name.startswith('toolkit.cli.')))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[-1] == "['toolkit.cli.common', 'toolkit.cli.merge']"
+
+
 def test_merge(run, merge_spec, tmp_path):
     code, out, _ = run("merge", merge_spec, tmp_path / "out", "--quiet")
     assert code == 0
@@ -60,6 +71,21 @@ def test_merge(run, merge_spec, tmp_path):
     )
     assert json.loads(out)["method"] == "task_arithmetic"
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+
+
+COMMON = "--lazy-unpickle --low-cpu-memory --read-to-gpu --multi-gpu --async-write --clone-tensors --allow-crimes"
+VALUED = "--write-threads 2 --lora-merge-cache cache --lora-merge-dtype float32 --num-threads 1 --out-shard-size 1GB"
+
+
+def test_options_of_mergekit_change_nothing(run, merge_spec, tmp_path):
+    assert run("merge", merge_spec, tmp_path / "plain", "-q")[0] == 0
+    options = [*COMMON.split(), *VALUED.split(), "--safe-serialization", "--no-trust-remote-code"]
+    assert run("merge", merge_spec, tmp_path / "out", "-q", *options)[0] == 0
+    for file in ("model.safetensors", "merge.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    code, _, err = run("merge", merge_spec, tmp_path / "no", "-q", "--no-safe-serialization")
+    assert code == 2
+    assert "weights are written as safetensors alone" in err
 
 
 def test_merge_dry_run_prints_the_plan_and_writes_nothing(run, merge_spec, tmp_path):

@@ -26,7 +26,8 @@ from toolkit.jobs.recipe import run_recipe
 from toolkit.jobs.route import evaluate_router, explain_route
 from toolkit.jobs.skills import write_skills
 from toolkit.models.load import load_tokenizer
-from toolkit.routing.router import fit_router, load_router
+from toolkit.routing.fit import fit_router
+from toolkit.routing.router import load_router
 
 COUNT = 6
 

@@ -41,7 +41,10 @@ def wanted(cases: list[str], generation: int, whole_table: bool) -> Iterator[tup
         with record(run=False, generation=generation) as launched:
             table: Table = getattr(launches, case)()
         for one in launched:
-            rows = table.all(one.name, generation, dtype(one).itemsize) if whole_table else [one.configuration]
+            # A kernel of another operation has its table there.
+            own = whole_table and one.name in table.kernels(generation)
+            bits = one.configuration.constants.get("BITS", 0)
+            rows = table.all(one.name, generation, dtype(one).itemsize, bits) if own else [one.configuration]
             for row in rows:
                 yield one, replace(row, constants={**one.configuration.constants, **row.constants})
 

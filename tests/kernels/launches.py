@@ -7,8 +7,16 @@ from __future__ import annotations
 
 import torch
 
+from toolkit.kernels.decode_attention import SharedPrefix, decode_attention, quantized_decode_attention
+from toolkit.kernels.decode_attention import triton_form as decode_form
 from toolkit.kernels.grouped_lora import PagedPairs, Pair, Routes, paged_lora, paged_lora_backward, triton_form
+from toolkit.kernels.kv_quant import QuantizedCache, quantize_pages
+from toolkit.kernels.kv_quant import triton_form as quant_form
 from toolkit.kernels.launch import Table
+from toolkit.kernels.merge_states import merge_states
+from toolkit.kernels.merge_states import triton_form as merge_form
+from toolkit.kernels.prefill_attention import packed_attention, prefill_attention
+from toolkit.kernels.prefill_attention import triton_form as prefill_form
 
 
 def lora_pairs(slots: int, k: int, widths: tuple[int, ...], *, dora: bool, dtype: torch.dtype) -> PagedPairs:
@@ -74,3 +82,90 @@ def embedding() -> Table:
     y, tokens = torch.zeros(8, 4096, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int64)
     paged_lora([y], tokens, Routes.of(range(8)), pairs, impl="triton")
     return triton_form.TABLE
+
+
+def attend_in_prefill(dtype: torch.dtype = torch.bfloat16) -> Table:
+    """A chunk of 512 tokens after a cached prefix, 32 heads of 128 in 8 groups."""
+    cache = torch.zeros(160, 16, 8, 128, dtype=dtype)
+    q, tables = torch.zeros(512, 32, 128, dtype=dtype), torch.zeros(1, 160, dtype=torch.int64)
+    prefill_attention(q, cache, cache, [0, 512], [2500], tables, scale=0.1, impl="triton")
+    return prefill_form.TABLE
+
+
+def attend_in_prefill_float32() -> Table:
+    """The same in float32."""
+    return attend_in_prefill(torch.float32)
+
+
+def attend_in_training(dtype: torch.dtype = torch.bfloat16) -> Table:
+    """Two sequences, forward and backward."""
+    q = torch.zeros(1024, 32, 128, dtype=dtype, requires_grad=True)
+    k = torch.zeros(1024, 8, 128, dtype=dtype, requires_grad=True)
+    # Whatever was not computed would be differentiated.
+    packed_attention(q, k, k, [0, 300, 1024], scale=0.1, impl="triton")[0].sum().backward()
+    return prefill_form.TABLE
+
+
+def attend_in_training_float32() -> Table:
+    """The same in float32."""
+    return attend_in_training(torch.float32)
+
+
+def attend_in_decode(dtype: torch.dtype = torch.bfloat16) -> Table:
+    """Sequences of their own, and some with a prefix in common."""
+    cache = torch.zeros(512, 16, 8, 128, dtype=dtype)
+    q, tables = torch.zeros(8, 32, 128, dtype=dtype), torch.zeros(8, 512, dtype=torch.int64)
+    shared = [SharedPrefix(tuple(range(6)), 1024)]
+    decode_attention(q, cache, cache, [2000] * 8, tables, scale=0.1, prefixes=shared, impl="triton")
+    return decode_form.TABLE
+
+
+def attend_in_decode_float32() -> Table:
+    """The same in float32."""
+    return attend_in_decode(torch.float32)
+
+
+def attend_in_every_way() -> Table:
+    """One head of an odd size with a window, a global token, a cap and a sink; ones are compiled in as constants."""
+    size, dtype = 80, torch.float16
+    q, cache = torch.zeros(1, 1, size, dtype=dtype), torch.zeros(4, 16, 1, size, dtype=dtype)
+    options = {"scale": 1.0, "window": 1, "num_global": 1, "soft_cap": 5.0, "sinks_H": torch.zeros(1), "impl": "triton"}
+    tables = torch.zeros(1, 1, dtype=torch.int64)
+    prefill_attention(q, cache, cache, [0, 1], [16], tables, **options)
+    leaves = [torch.zeros(8, 1, size, dtype=dtype, requires_grad=True) for _ in range(3)]
+    packed_attention(*leaves, [0, 8], **options)[0].sum().backward()
+    decode_attention(q, cache, cache, [16], tables, **options)
+    return prefill_form.TABLE
+
+
+def attend_to_codes(bits: int = 8) -> Table:
+    """Keys and values of 8 bits."""
+    options = {"bits": bits, "dtype": torch.bfloat16, "device": torch.device("cpu")}
+    cache = QuantizedCache.empty(64, 64, 8, 128, **options)
+    q, tables = torch.zeros(8, 32, 128, dtype=torch.bfloat16), torch.zeros(8, 64, dtype=torch.int64)
+    quantized_decode_attention(q, cache, [2000] * 8, tables, scale=0.1, impl="triton")
+    return decode_form.TABLE
+
+
+def attend_to_half_codes() -> Table:
+    """Keys and values of 4 bits."""
+    return attend_to_codes(4)
+
+
+def quantize(bits: int = 8) -> Table:
+    """Pages of 64 tokens in 8 bits."""
+    options = {"bits": bits, "dtype": torch.bfloat16, "device": torch.device("cpu")}
+    full = torch.zeros(4, 64, 8, 128, dtype=torch.bfloat16)
+    quantize_pages(full, full, QuantizedCache.empty(4, 64, 8, 128, **options), [(0, 1, 64), (2, 2, 5)], impl="triton")
+    return quant_form.TABLE
+
+
+def quantize_to_half_codes() -> Table:
+    """In 4 bits."""
+    return quantize(4)
+
+
+def merge() -> Table:
+    """Three parts."""
+    merge_states(torch.zeros(3, 8, 32, 128, dtype=torch.bfloat16), torch.zeros(3, 8, 32), impl="triton")
+    return merge_form.TABLE

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from sklearn.covariance import ledoit_wolf
 from transformers import BertConfig, BertModel
 
 from tests import tiny
@@ -19,10 +18,10 @@ from toolkit.models.hidden import mean_hidden_states
 from toolkit.models.load import load_model, load_tokenizer
 from toolkit.routing.embedding import EmbeddingSpec, open_embedder
 from toolkit.routing.evaluate import judge
-from toolkit.routing.router import Router, fit_router, load_router
-from toolkit.routing.routers.centroid import Params, fit, score
-
-RNG = np.random.default_rng(0)
+from toolkit.routing.features import Features
+from toolkit.routing.fit import fit_router
+from toolkit.routing.router import Router, load_router
+from toolkit.routing.spec import FeaturesSpec
 
 
 @pytest.fixture(scope="module")
@@ -40,33 +39,6 @@ def prompts(tmp_path_factory):
 def spec_of(base, prompts, **changes):
     experts = {name: str(prompts / f"{name}.jsonl") for name in ("digits", "letters")}
     return {"experts": experts, "embedding": {"model": str(base)}} | changes
-
-
-@pytest.mark.parametrize("shrinkage", [0.0, 0.3, 1.0, None])
-def test_centroid_against_brute_force(shrinkage):
-    x = RNG.standard_normal((40, 6)).astype(np.float32) @ RNG.standard_normal((6, 6)).astype(np.float32) + 5
-    labels = np.repeat(np.arange(4), 10)
-    x += labels[:, None] * RNG.standard_normal(6)
-    state = fit(x, labels, 4, Params(shrinkage=shrinkage))
-    means = [x[labels == i].astype(np.float64).mean(0) for i in range(4)]
-    within = np.stack([x[i] - means[labels[i]] for i in range(40)])
-    if shrinkage is None:
-        covariance, share = ledoit_wolf(within, assume_centered=True)
-        assert 0 < share < 1
-    else:
-        covariance = within.T @ within / 40
-        covariance = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / 6 * np.eye(6)
-    new = RNG.standard_normal((7, 6)).astype(np.float32) + 5
-    got = score(new, state)
-    for i in range(7):
-        for j in range(4):
-            d = new[i] - means[j]
-            assert got[i, j] == pytest.approx(-d @ np.linalg.inv(covariance) @ d / 2, rel=1e-3, abs=1e-3)
-
-
-def test_a_single_expert_is_always_chosen():
-    state = fit(np.ones((3, 4), np.float32), np.zeros(3, int), 1, Params())  # prompts that do not differ at all
-    assert np.isfinite(score(np.zeros((2, 4), np.float32), state)).all()
 
 
 @pytest.mark.parametrize("layer", [0, 1, -1])
@@ -127,6 +99,10 @@ def test_embedding_model_can_be_an_object(base, prompts):
         ({"router": "centriod"}, "router: unknown router 'centriod'; did you mean 'centroid'?"),
         ({"parameters": {"shrinkige": 1}}, "parameters.shrinkige: unknown key 'shrinkige'; did you mean 'shrinkage'?"),
         ({"experts": {}}, "experts: Dictionary should have at least 1 item"),
+        ({"embedding": None}, "no features: give embedding (a model), words (no model), form (such as 1), or several"),
+        ({"outcomes": {"data": "x"}}, "give either experts (prompts made for each) or outcomes (measured answers)"),
+        ({"policy": {"costs": {"x": 1}}}, "policy.costs.x: not an expert (known: digits, letters)"),
+        ({"policy": {"top": 3}}, "policy.top: there are 2 experts, got 3"),
         ({"embeding": 1}, "embeding: unknown key 'embeding'; did you mean 'embedding'?"),
     ],
 )
@@ -173,8 +149,9 @@ def remote_router(base, prompts, tmp_path, monkeypatch):
     (encoder / "config.json").write_text(json.dumps(remote))
     (encoder / "remote.py").write_text(REMOTE_CODE.format(marker=str(tmp_path / "ran")))
     config = json.loads((tmp_path / "router" / "router.json").read_text())
-    assert config["embedding"].keys() == router.to_dict()["embedding"].keys() == {"model", "layer", "max_length"}
-    config["embedding"] |= {"model": str(encoder), "trust_remote_code": True}
+    shown = router.to_dict()["features"]["embedding"]
+    assert config["features"]["embedding"].keys() == shown.keys() == {"model", "layer", "max_length", "prefix"}
+    config["features"]["embedding"] |= {"model": str(encoder), "trust_remote_code": True}
     (tmp_path / "router" / "router.json").write_text(json.dumps(config))
     return tmp_path / "router", tmp_path / "ran"
 
@@ -198,8 +175,13 @@ def test_saved_router_cannot_allow_code_to_run(remote_router):
         ({"experts": ["digits"]}, r"not a centroid router of 1 experts: centroids is \[2, 48\], expected \[1, 48\]"),
         ({"router": "centriod"}, "router: 'centriod' is no router"),
         ({"router": ["centroid"]}, r"router: \['centroid'\] is no router"),
-        ({"embedding": 5}, "embedding: expected a block that names its model, got 5"),
-        ({"embedding": {"model": "m", "layer": "x"}}, "embedding: layer: "),
+        ({"features": 5}, "features: expected a block, got 5"),
+        ({"features": {"embedding": {"model": "m", "layer": "x"}}}, r"features: embedding\.layer: "),
+        ({"features": {}}, "features: top level: no features"),
+        ({"policy": {"prise": 1}}, "policy: prise: unknown key 'prise'; did you mean 'price'"),
+        ({"policy": {"costs": {"nobody": 1}}}, r"policy\.costs\.nobody: not an expert"),
+        ({"domains": 5}, "domains: expected a block, got 5"),
+        ({"format": 1}, "format 1, and this toolkit reads 2; fit the router anew"),
     ],
 )
 def test_config_of_a_router_that_does_not_fit(change, message, base, prompts, tmp_path):
@@ -214,10 +196,10 @@ def test_state_of_a_router_that_does_not_fit(base, prompts, tmp_path):
     fit_router(spec_of(base, prompts), tmp_path / "router", quiet=True)
     path = tmp_path / "router" / "router.safetensors"
     state = load_file(path)
-    save_file({name: value for name, value in state.items() if name != "whitening"}, path)
+    save_file({name: value for name, value in state.items() if name != "router.whitening"}, path)
     with pytest.raises(CheckpointError, match="whitening is missing"):
         load_router(tmp_path / "router")
-    save_file(state | {"center": np.full(48, np.nan, np.float32)}, path)
+    save_file(state | {"router.center": np.full(48, np.nan, np.float32)}, path)
     with pytest.raises(CheckpointError, match="center holds values that are not finite"):
         load_router(tmp_path / "router")
 
@@ -271,8 +253,8 @@ def test_first_of_equal_experts_wins():
         "whitening": np.eye(2, dtype=np.float32),
         "centroids": np.ones((2, 2), np.float32),
     }
-    router = Router(
-        "centroid", ["x", "y"], state, EmbeddingSpec(model="m"), lambda texts: np.ones((len(texts), 2), np.float32)
-    )
+    spec = FeaturesSpec(embedding=EmbeddingSpec(model="m"))
+    features = Features(spec, embedder=lambda texts: np.ones((len(texts), 2), np.float32))
+    router = Router("centroid", ["x", "y"], state, features)
     assert router.choose(["?"])[0].expert == "x"
     assert router.choose([]) == []

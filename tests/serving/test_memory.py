@@ -36,7 +36,7 @@ def test_units_of_pages_are_the_pages():
 
 def test_units_are_powers_of_two_that_waste_little():
     for heads, size, page in ((1, 4, 1), (2, 12, 4), (8, 128, 16), (32, 128, 32), (3, 40, 7)):
-        elements, unit = page_elements({layer: (heads, size) for layer in range(3)}, page)
+        elements, unit = page_elements(dict.fromkeys(range(3), (heads, size)), page)
         wanted = 2 * page * 3 * heads * size
         assert unit & (unit - 1) == 0
         assert unit <= LARGEST_UNIT

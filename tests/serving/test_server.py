@@ -25,7 +25,9 @@ from tests.serving.test_engine import same_but_for_ties
 from toolkit.embedded.tokenizer import build_tokenizer
 from toolkit.errors import OutputError, SpecError, UnsupportedError
 from toolkit.routing.embedding import EmbeddingSpec
+from toolkit.routing.features import Features
 from toolkit.routing.router import Router
+from toolkit.routing.spec import FeaturesSpec
 from toolkit.serving.engine import Engine
 from toolkit.serving.serve import _listen, _server, _warnings, background_server, same_base, serve
 from toolkit.serving.spec import Limits, ServeSpec
@@ -45,7 +47,8 @@ def word_router(base: Path) -> Router:
         "whitening": np.eye(2, dtype=np.float32),
         "centroids": np.eye(2, dtype=np.float32),
     }
-    return Router("centroid", ["wide", "plain"], state, EmbeddingSpec(model="by hand"), embed)
+    features = Features(FeaturesSpec(embedding=EmbeddingSpec(model="by hand")), embedder=embed)
+    return Router("centroid", ["wide", "plain"], state, features)
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ class AdapterTrainer(Trainer):
             {"params": [p for name, p in trained if name in decayed], "weight_decay": self.args.weight_decay},
             {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
         ]
-        self.optimizer = filling.optimizer([g for g in groups if g["params"]], self.args.learning_rate)
+        self.optimizer = filling.optimizer(model, [g for g in groups if g["params"]], self.args.learning_rate)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

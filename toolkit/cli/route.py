@@ -21,7 +21,7 @@ from toolkit.cli.common import (
     with_trust,
 )
 
-app = typer.Typer(help="Choose the adapter for each prompt.", no_args_is_help=True)
+app = typer.Typer(help="Choose the adapter or model for each prompt.", no_args_is_help=True)
 
 
 @app.command()
@@ -35,8 +35,8 @@ def fit(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fit a router from prompts whose expert is known."""
-    from toolkit.routing.router import fit_router
+    """Fit a router, from prompts made for each expert or from measured answers."""
+    from toolkit.routing.fit import fit_router
 
     overrides = with_trust(set_, trust_remote_code, "embedding.trust_remote_code")
     router = fit_router(spec, out, overrides=overrides, smoke=smoke, overwrite=overwrite, quiet=quiet)
@@ -77,3 +77,36 @@ def explain(
     from toolkit.jobs.route import explain_route
 
     show(explain_route(router, prompt, trust_remote_code=trust_remote_code), json)
+
+
+@app.command()
+def calibrate(
+    spec: SpecFile,
+    out: Out = None,
+    set_: Set = [],  # noqa: B006 - as above
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    smoke: Smoke = False,
+    json: Json = False,
+) -> None:
+    """Set how a router decides, so that a wanted share or cost of the requests goes to the strong expert."""
+    from toolkit.routing.calibrate import calibrate_router
+
+    overrides = with_trust(set_, trust_remote_code)
+    show(calibrate_router(spec, out, overrides=overrides, smoke=smoke, overwrite=overwrite), json)
+
+
+@app.command()
+def compare(
+    spec: SpecFile,
+    out: Out = None,
+    set_: Set = [],  # noqa: B006 - as above
+    overwrite: Overwrite = False,
+    smoke: Smoke = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit several routers on parts of measured answers and judge them on the rest."""
+    from toolkit.routing.compare import compare_routers
+
+    show(compare_routers(spec, out, overrides=set_, smoke=smoke, overwrite=overwrite, quiet=quiet), json)

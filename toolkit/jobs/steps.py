@@ -33,7 +33,7 @@ KINDS = {
     "search": Job("toolkit.jobs.search.run:search", "toolkit.jobs.search.spec:SearchSpec"),
     "learn": Job("toolkit.merge.learning.learn:learn", "toolkit.merge.learning.spec:LearnSpec"),
     "extract": Job("toolkit.merge.extract:run_extract", "toolkit.merge.extract:ExtractSpec"),
-    "route": Job("toolkit.routing.router:fit_router", "toolkit.routing.spec:RouteSpec"),
+    "route": Job("toolkit.routing.fit:fit_router", "toolkit.routing.spec:RouteSpec"),
     "evaluate": Job("toolkit.jobs.evaluate:evaluate", "toolkit.evaluation.spec:EvaluateSpec"),
     "evaluate_router": Job("toolkit.jobs.route:evaluate_router", "toolkit.routing.spec:RouteEvaluateSpec"),
 }

@@ -137,12 +137,13 @@ class Table:
         """Return the kernels that have configurations."""
         return list(self._rows[generation])
 
-    def all(self, kernel: str, generation: int, itemsize: int) -> list[Configuration]:
-        """Return every configuration of a kernel that elements of that many bytes can have."""
+    def all(self, kernel: str, generation: int, itemsize: int, bits: int = 0) -> list[Configuration]:
+        """Return every configuration of a kernel that elements of that many bytes, or codes of that many bits, have."""
+        known = {"bytes": itemsize, "bits": bits}
         found: dict[tuple[tuple[str, int], ...], Configuration] = {}
         for row in self._rows[generation][kernel]:
-            others = tuple(sorted(bound for bound in row["from"].items() if bound[0] != "bytes"))
-            if row["from"].get("bytes", 0) <= itemsize:
+            others = tuple(sorted(bound for bound in row["from"].items() if bound[0] not in known))
+            if all(row["from"].get(name, 0) <= value for name, value in known.items()):
                 found[others] = _configuration(row)
         return list(found.values())
 
@@ -267,6 +268,8 @@ def _type_of(value: Any, is_argument: bool) -> tuple[str, bool]:
     """Return the type of an argument in a signature, and whether it is known to be divisible by 16."""
     if isinstance(value, torch.Tensor):
         return f"*{_NAMES[value.dtype]}", value.data_ptr() % 16 == 0
+    if is_argument and isinstance(value, float):
+        return "fp32", False
     if not is_argument or isinstance(value, bool) or value == 1:
         return "constexpr", False
     return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from toolkit.checkpoints.reader import open_checkpoint
 from toolkit.models.load import LoadedModel, load_encoder, load_model, model_folder, pick_device
+from toolkit.routing.ops import Vectors
 from toolkit.specs import FolderOrObject, Spec
-
-Vectors = NDArray[np.float32]
 
 
 class EmbeddingSpec(Spec):
@@ -24,12 +21,14 @@ class EmbeddingSpec(Spec):
         model: a base model or an encoder: a folder, a hub id, `toolkit:base`.
         layer: whose hidden states are averaged over the tokens; -1 is the last, 0 the token embeddings.
         max_length: tokens of a prompt that are looked at.
+        prefix: put before every prompt, such as the instruction that an encoder was trained with.
         trust_remote_code: run code that comes with the model; never saved with a router.
     """
 
     model: FolderOrObject
     layer: int = -1
     max_length: Annotated[int, Field(ge=1)] = 512
+    prefix: str = ""
     trust_remote_code: bool = False
 
 
@@ -49,11 +48,13 @@ class HiddenStates:
     tokenizer: Any
     layer: int = -1
     max_length: int = 512
+    prefix: str = ""
 
     def __call__(self, texts: Sequence[str]) -> Vectors:
         """Embed texts."""
         from toolkit.models.hidden import mean_hidden_states
 
+        texts = [self.prefix + text for text in texts]
         means = mean_hidden_states(self.model, self.tokenizer, texts, layer=self.layer, max_length=self.max_length)
         return means.numpy()
 
@@ -74,10 +75,10 @@ def open_embedder(spec: EmbeddingSpec, *, device: str = "auto", trust_remote_cod
     """
     if isinstance(spec.model, LoadedModel | tuple):
         loaded = load_model(spec.model)
-        return HiddenStates(loaded.model, loaded.tokenizer, spec.layer, spec.max_length)
+        return HiddenStates(loaded.model, loaded.tokenizer, spec.layer, spec.max_length, spec.prefix)
     trusted = spec.trust_remote_code if trust_remote_code is None else trust_remote_code
     with open_checkpoint(model_folder(spec.model, code=trusted)) as checkpoint:
         architecture = checkpoint.architecture or ""
     load = load_model if "CausalLM" in architecture or "LMHead" in architecture else load_encoder
     loaded = load(spec.model, device=pick_device(device), trust_remote_code=trusted)
-    return HiddenStates(loaded.model, loaded.tokenizer, spec.layer, spec.max_length)
+    return HiddenStates(loaded.model, loaded.tokenizer, spec.layer, spec.max_length, spec.prefix)

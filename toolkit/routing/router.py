@@ -1,12 +1,16 @@
-"""What a router is, how it is fitted, saved and loaded.
+"""What a router is, and its folder.
 
 A kind of router is one module in `toolkit/routing/routers` that declares
 
 - `class Params(Spec)`: its parameters;
-- `fit(vectors [B, H], experts [B], num_experts, params) -> state`: learn from prompts whose expert is known,
-  where `state` maps names to float32 arrays;
+- `fit(vectors [B, H], examples, params) -> state`: learn from prompts and what each expert is worth there, where
+  `state` maps names to float32 arrays;
 - `score(vectors [B, H], state) -> [B, N]`: one score per prompt and expert, the larger the better;
-- `check(state, num_experts)`: raise a `CheckpointError` where a state that was read is not one that `fit` returns.
+- `check(state, num_experts)`: raise a `CheckpointError` where a state that was read is not one that `fit` returns;
+- `SCORES`: `"quality"` where a score that was learned from measured answers predicts what the answer is worth, else
+  `"log_probability"`, `"preference"` or `"similarity"`, of which only the order, or the difference, means something;
+- optionally `SPARSE = True`, where `fit` and `score` take sparse vectors;
+- optionally `add(state, vectors) -> state`: append an expert by its prompts and leave the others' scores, bit for bit.
 
 A saved router is a folder: `router.json` and the arrays as safetensors. Nothing in it is code, and nothing in it can
 allow the model of its embedding to run code: only who loads it can.
@@ -17,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,37 +34,22 @@ from toolkit.checkpoints.dtypes import DTYPES
 from toolkit.checkpoints.headers import TensorInfo
 from toolkit.checkpoints.locate import locate
 from toolkit.checkpoints.reader import open_checkpoint, read_json
-from toolkit.checkpoints.writer import check_free, staged, write_text, write_weights
-from toolkit.data.rows import read_rows, user_text
-from toolkit.errors import CheckpointError, MissingError, Problem, SpecError, UnsupportedError
-from toolkit.progress import track
-from toolkit.routing.embedding import Embedder, EmbeddingSpec, Vectors, open_embedder
-from toolkit.routing.spec import RouteSpec
+from toolkit.checkpoints.writer import staged, write_text, write_weights
+from toolkit.errors import CheckpointError, MissingError, SpecError, UnsupportedError
+from toolkit.routing.embedding import Embedder, EmbeddingSpec
+from toolkit.routing.features import Features
+from toolkit.routing.ops import State, Vectors, check_arrays, inside, within
+from toolkit.routing.policy import Choice, PolicySpec, check_policy, decide
+from toolkit.routing.scope import novelty
+from toolkit.routing.spec import FeaturesSpec
 from toolkit.tables import Table
+
+__all__ = ["Choice", "Router", "kind_module", "load_router"]
 
 ROUTERS = "toolkit.routing.routers"
 CONFIG = "router.json"
-BATCH = 256
-State = Mapping[str, NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a router chose for one prompt.
-
-    Attributes:
-        expert: name of the best.
-        scores: of all experts.
-    """
-
-    expert: str
-    scores: dict[str, float]
-
-    @property
-    def margin(self) -> float | None:
-        """How far the best is ahead of the second, where there is one."""
-        ranked = sorted(self.scores.values(), reverse=True)
-        return ranked[0] - ranked[1] if len(ranked) > 1 else None
+FORMAT = 2
+"""Of the folder; it changes when an older toolkit would misread a new folder."""
 
 
 class Router:
@@ -71,8 +59,10 @@ class Router:
         kind: name of its module.
         experts: names, in the order of the scores.
         state: what was learned.
-        embedding: where its vectors come from.
-        embedder: that embedding, loaded; by default it is loaded when first needed.
+        features: what it sees of a prompt.
+        policy: how a choice follows from the scores.
+        references: `[R, H]` prompts of the fit that novelty is measured by.
+        domains: category -> mean quality of each expert on the prompts of the fit, to compare with.
     """
 
     def __init__(
@@ -80,49 +70,83 @@ class Router:
         kind: str,
         experts: Sequence[str],
         state: State,
-        embedding: EmbeddingSpec,
-        embedder: Embedder | None = None,
+        features: Features,
+        policy: PolicySpec | None = None,
+        references: Vectors | None = None,
+        domains: Mapping[str, list[float]] | None = None,
     ) -> None:
-        self.kind, self.experts, self.state, self.embedding = kind, tuple(experts), dict(state), embedding
-        self.module = _load(kind)
-        self._embedder = embedder
+        self.kind, self.experts, self.state, self.features = kind, tuple(experts), dict(state), features
+        self.module = kind_module(kind)
+        self.policy, self.references, self.domains = policy or PolicySpec(), references, dict(domains or {})
+
+    @property
+    def embedding(self) -> EmbeddingSpec | None:
+        """The model that prompts are embedded with, where there is one."""
+        return self.features.spec.embedding
 
     @property
     def embedder(self) -> Embedder:
-        """The loaded embedding."""
-        if self._embedder is None:
-            self._embedder = open_embedder(self.embedding)
-        return self._embedder
+        """That model, loaded."""
+        return self.features.embedder
 
     @embedder.setter
     def embedder(self, embedder: Embedder) -> None:
-        self._embedder = embedder
+        self.features.embedder = embedder
 
     def score(self, prompts: Sequence[str]) -> Vectors:
         """Return `[B, N]`, a score per prompt and expert."""
-        return self.module.score(self.embedder(prompts), self.state)
+        return self.module.score(self.features(prompts), self.state)
 
     def choose(self, prompts: Sequence[str]) -> list[Choice]:
-        """Return the best expert for each prompt; of equals the first."""
+        """Return what the policy chooses for each prompt; of equals the first."""
         if not prompts:
             return []
-        scores = self.score(prompts)
-        return [
-            Choice(self.experts[int(row.argmax())], dict(zip(self.experts, map(float, row), strict=True)))
-            for row in scores
-        ]
+        vectors = self.features(prompts)
+        distance = None if self.references is None else novelty(vectors, self.references)
+        return decide(self.module.score(vectors, self.state), self.experts, self.policy, distance)
+
+    def add(self, expert: str, prompts: Sequence[str]) -> Router:
+        """Return a router with one more expert, from prompts that were made for it.
+
+        The features, and the other experts' scores, stay the same to the bit.
+
+        Raises:
+            UnsupportedError: the kind has to be fitted anew, or the expert is there already.
+        """
+        if not hasattr(self.module, "add"):
+            able = [n for n in names.available(ROUTERS) if hasattr(kind_module(n), "add")]
+            raise UnsupportedError(f"a {self.kind} router is fitted anew for a new expert (not so: {', '.join(able)})")
+        if expert in self.experts:
+            raise UnsupportedError(f"the router has an expert {expert!r} already")
+        state = self.module.add(self.state, self.features(prompts))
+        return self.changed(experts=(*self.experts, expert), state=state, domains={})
+
+    def changed(self, **changes: Any) -> Router:
+        """Return a router with other values of some of the constructor's arguments."""
+        own = ("kind", "experts", "state", "features", "policy", "references", "domains")
+        return Router(**({name: getattr(self, name) for name in own} | changes))
 
     @property
     def version(self) -> str:
-        """Identity of what the router computes: 16 hex digits."""
+        """Identity of what the router decides: 16 hex digits."""
         digest = hashlib.blake2b(json.dumps(self._config()).encode(), digest_size=8)
-        for name in sorted(self.state):
-            digest.update(self.state[name].tobytes())
+        for name, value in sorted(self._arrays().items()):
+            digest.update(name.encode() + value.tobytes())
         return digest.hexdigest()
 
+    def _arrays(self) -> dict[str, NDArray[np.float32]]:
+        scope = {} if self.references is None else {"scope.references": self.references}
+        found = within("router", self.state) | within("features", self.features.state) | scope
+        return {name: np.ascontiguousarray(value, np.float32) for name, value in found.items()}
+
     def _config(self) -> dict[str, Any]:
-        embedding = self.embedding.model_dump(mode="json", exclude={"trust_remote_code"})
-        return {"router": self.kind, "experts": list(self.experts), "embedding": embedding}
+        features = self.features.spec.model_dump(mode="json", exclude={"embedding": {"trust_remote_code"}})
+        return {
+            "router": self.kind,
+            "experts": list(self.experts),
+            "features": {name: value for name, value in features.items() if value},
+            "policy": self.policy.model_dump(mode="json", exclude_defaults=True),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the router is, as JSON can hold it."""
@@ -142,14 +166,24 @@ class Router:
         Raises:
             UnsupportedError: the embedding is a model in memory, which no file can name.
         """
-        if not isinstance(self.embedding.model, str | Path):
+        if self.embedding is not None and not isinstance(self.embedding.model, str | Path):
             raise UnsupportedError("a router whose embedding is a model in memory cannot be saved; name its folder")
-        arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in self.state.items()}
+        arrays = self._arrays()
         tensors = [TensorInfo(name, DTYPES["F32"], value.shape) for name, value in arrays.items()]
+        raw = {name: value.reshape(-1).view(np.uint8) for name, value in arrays.items()}
+        config = {"format": FORMAT, **self.to_dict(), "domains": self.domains, "made_with": versions("transformers")}
         with staged(Path(out), overwrite=overwrite) as partial:
-            write_weights(partial, tensors, {n: v.reshape(-1).view(np.uint8) for n, v in arrays.items()}, stem="router")
-            config = {**self._config(), "version": self.version, "made_with": versions("transformers")}
+            write_weights(partial, tensors, raw, stem="router")
             write_text(partial / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def kind_module(kind: str) -> ModuleType:
+    """Import the module of a kind of router.
+
+    Raises:
+        UnsupportedError: no such kind.
+    """
+    return names.load(ROUTERS, kind, "router")
 
 
 def load_router(source: Router | str | Path, *, trust_remote_code: bool = False) -> Router:
@@ -168,103 +202,62 @@ def load_router(source: Router | str | Path, *, trust_remote_code: bool = False)
     folder = locate(source)
     if not (folder / CONFIG).is_file():
         raise MissingError(f"{source}: no {CONFIG} in this folder")
-    kind, experts, embedding = _read_config(folder / CONFIG)
-    embedding = embedding.model_copy(update={"trust_remote_code": trust_remote_code})
-    router = Router(kind, experts, _read_state(folder), embedding)
+    config = _read_config(folder / CONFIG)
+    arrays = _read_arrays(folder)
+    spec = _block(folder / CONFIG, config, "features", FeaturesSpec)
+    if spec.embedding:
+        trusted = spec.embedding.model_copy(update={"trust_remote_code": trust_remote_code})
+        spec = spec.model_copy(update={"embedding": trusted})
+    policy = _block(folder / CONFIG, config, "policy", PolicySpec)
+    features = Features(spec, inside(arrays, "features"))
+    kind, experts = config["router"], config["experts"]
+    references = arrays.get("scope.references")
+    router = Router(kind, experts, inside(arrays, "router"), features, policy, references, config.get("domains"))
     try:
         router.module.check(router.state, len(experts))
+        features.check()
+        if references is not None:
+            check_arrays(arrays, {"scope.references": (-1, -1)})
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: not a {kind} router of {len(experts)} experts: {error}") from None
     return router
 
 
-def _read_config(path: Path) -> tuple[str, list[str], EmbeddingSpec]:
+def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
+    if config.get("format") != FORMAT:
+        given = config.get("format", 1)
+        raise CheckpointError(f"{path}: format {given!r}, and this toolkit reads {FORMAT}; fit the router anew")
     kind, experts = config.get("router"), config.get("experts")
     if kind not in names.available(ROUTERS):
         raise CheckpointError(f"{path}: router: {kind!r} is no router (known: {', '.join(names.available(ROUTERS))})")
     named = isinstance(experts, list) and all(isinstance(name, str) for name in experts)
     if not named or not experts or len(set(experts)) < len(experts):
         raise CheckpointError(f"{path}: experts: expected a list of different names, got {experts!r}")
-    embedding = config.get("embedding")
-    if not isinstance(embedding, dict) or not isinstance(embedding.get("model"), str):
-        raise CheckpointError(f"{path}: embedding: expected a block that names its model, got {embedding!r}")
-    settings = {key: value for key, value in embedding.items() if key != "trust_remote_code"}
+    if not isinstance(config.get("domains", {}), dict):
+        raise CheckpointError(f"{path}: domains: expected a block, got {config['domains']!r}")
+    return config
+
+
+def _block(path: Path, config: Mapping[str, Any], name: str, model: type[specs.T]) -> specs.T:
+    """Read one block of `router.json`."""
+    block = config.get(name)
+    if not isinstance(block, dict):
+        raise CheckpointError(f"{path}: {name}: expected a block, got {block!r}")
     try:
-        return kind, experts, specs.validate(settings, EmbeddingSpec, name="embedding")
+        found = specs.validate(block, model, name=name)
     except SpecError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    problems = check_policy(found, config["experts"]) if isinstance(found, PolicySpec) else []
+    if problems:
+        raise CheckpointError(f"{path}: {problems[0]}")
+    return found
 
 
-def _read_state(folder: Path) -> dict[str, NDArray[np.float32]]:
-    state: dict[str, NDArray[np.float32]] = {}
+def _read_arrays(folder: Path) -> dict[str, NDArray[np.float32]]:
+    arrays: dict[str, NDArray[np.float32]] = {}
     with open_checkpoint(folder / "router.safetensors") as weights:
         for name, info in weights.tensors.items():
-            state[name] = np.empty(info.shape, np.float32)
-            weights.read(name, 0, info.count, state[name].reshape(-1))
-    return state
-
-
-def fit_router(
-    spec: specs.Source | RouteSpec,
-    out: str | Path | None = None,
-    *,
-    overrides: Sequence[str] = (),
-    smoke: bool = False,
-    overwrite: bool = False,
-    quiet: bool = False,
-    embedder: Embedder | None = None,
-) -> Router:
-    """Fit a router as a spec says, and save it where the spec or the caller names a folder.
-
-    Args:
-        spec: a YAML file, a dict or a `RouteSpec`.
-        out: folder to write, instead of the spec's own.
-        overrides: `key.path=value` changes to the spec.
-        smoke: apply the spec's own `smoke:` block.
-        overwrite: replace `out` if it exists.
-        quiet: show no progress.
-        embedder: the embedding, when it is loaded already.
-
-    Raises:
-        SpecError: the spec is wrong.
-        DataError: a row without a prompt.
-        OutputError: `out` exists.
-    """
-    loaded = specs.load(spec, RouteSpec, overrides=overrides, smoke=smoke)
-    folder = out or loaded.out
-    if folder:
-        check_free(Path(folder), overwrite=overwrite)
-    try:
-        module = _load(loaded.router)
-    except UnsupportedError as error:
-        raise loaded.error([Problem("router", str(error))]) from None
-    params = _params(module, loaded)
-    prompts: list[str] = []
-    labels: list[int] = []
-    for index, expert in enumerate(loaded.experts.values()):
-        rows = read_rows(expert.data)[: expert.limit]
-        prompts += [user_text(row) for row in rows]
-        labels += [index] * len(rows)
-    embedder = embedder or open_embedder(loaded.embedding)
-    vectors: list[Vectors] = []
-    with track("embedding prompts", len(prompts), unit="prompts", quiet=quiet) as progress:
-        for first in range(0, len(prompts), BATCH):
-            vectors.append(embedder(prompts[first : first + BATCH]))
-            progress.advance(len(vectors[-1]))
-    state = module.fit(np.concatenate(vectors), np.array(labels), len(loaded.experts), params)
-    router = Router(loaded.router, list(loaded.experts), state, loaded.embedding, embedder)
-    if folder:
-        router.save(folder, overwrite=overwrite)
-    return router
-
-
-def _load(kind: str) -> ModuleType:
-    return names.load(ROUTERS, kind, "router")
-
-
-def _params(module: ModuleType, spec: RouteSpec) -> Any:
-    try:
-        return specs.validate(spec.parameters, module.Params)
-    except SpecError as error:
-        raise spec.error([Problem(f"parameters.{p.where}", p.message) for p in error.problems]) from None
+            arrays[name] = np.empty(info.shape, np.float32)
+            weights.read(name, 0, info.count, arrays[name].reshape(-1))
+    return arrays

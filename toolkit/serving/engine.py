@@ -16,31 +16,23 @@ from typing import Any, Self, TypeVar, cast
 import torch
 from transformers import PreTrainedModel
 
-from toolkit.checkpoints.locate import locate
-from toolkit.errors import MissingError, Problem, RequestError, SpecError
+from toolkit.errors import RequestError
 from toolkit.kernels.impl import Impl
-from toolkit.routing.embedding import HiddenStates
-from toolkit.routing.router import Choice, Router, load_router
+from toolkit.routing.router import Choice, Router
 from toolkit.serving.adapters.contents import Source
 from toolkit.serving.adapters.open import open_source
-from toolkit.serving.adapters.pool import AdapterInfo, AdapterPool, check_name
-from toolkit.serving.adapters.target import Target
-from toolkit.serving.adapters.tuned import SharedTensors
+from toolkit.serving.adapters.pool import AdapterInfo
+from toolkit.serving.assemble import assemble, longest, served_router
 from toolkit.serving.attention import NAME
+from toolkit.serving.guided import Guides
 from toolkit.serving.loading import load, set_attention
 from toolkit.serving.logprobs import answer_logprobs
-from toolkit.serving.memory import Memory, page_elements
 from toolkit.serving.mix import AUTO, BASE, Mix, parse_model
-from toolkit.serving.pages import PagePool
-from toolkit.serving.preemption import SwapSpace
-from toolkit.serving.prefix import PrefixCache
 from toolkit.serving.prefix_groups import batch_order
 from toolkit.serving.prompts import Prompt, encode_prompt
 from toolkit.serving.request import Delta, FinishReason, Request, Sampling, TokenLogprob
-from toolkit.serving.runner import Runner
 from toolkit.serving.sampling import Sampler
-from toolkit.serving.scheduler import Scheduler
-from toolkit.serving.sites import BatchAdapters, remove_sites
+from toolkit.serving.sites import remove_sites
 from toolkit.serving.spec import Limits
 from toolkit.serving.text import TextStream
 from toolkit.serving.ticket import Answer, Ticket
@@ -102,50 +94,16 @@ class Engine:
         self.model.eval()
         if self._attention_before != NAME:
             set_attention(self.model, NAME)
-        self.max_model_len = self._longest(limits)
+        self.max_model_len = longest(self.model, limits)
         self.default_max_tokens = limits.default_max_tokens
-        self.runner = Runner(self.model, limits.page_size, impl)
-        target, shared = Target.of(self.model, self.runner.observed), SharedTensors()
-        for name in adapters:
-            check_name(name)
-        opened = {name: open_source(source, target, shared) for name, source in adapters.items()}
-        pages = limits.num_pages(self.max_model_len)
-        if limits.cache_tokens is None:
-            pages += self._pages_for([source.nbytes for source in opened.values()], limits)
-        pool = PagePool(pages, limits.page_size)
-        memory = Memory(self.runner.observed.heads, pages, limits.page_size, self.model.dtype, self.model.device)
-        batch = BatchAdapters(impl=impl)
-        self.adapters = AdapterPool(target, memory, pool, batch, limits.host_bytes(self.model.device.type), shared)
-        for name, source in opened.items():
-            self.adapters.add(name, adapters[name], source)
-        self.runner.begin(memory, self.adapters)
-        self.scheduler = Scheduler(
-            pool,
-            limits.max_batch_tokens,
-            limits.max_requests,
-            adapters=self.adapters,
-            prefixes=PrefixCache(pool) if limits.prefix_cache else None,
-            swap=SwapSpace(memory, limits.swap_bytes // memory.page_bytes) if limits.swap_bytes else None,
-        )
-        self.sampler = Sampler()
+        self.runner, self.adapters, self.scheduler = assemble(self.model, limits, adapters, impl)
+        self.guides = Guides(self.tokenizer, self.num_logits, self._end_tokens)
+        self.sampler = Sampler(self.guides)
         self.router: Router | None = None
         self.decisions: Counter[str] = Counter()
         self._tickets: dict[Request, Ticket] = {}
         self._unrouted: list[Ticket] = []
         self._ids = itertools.count(1)
-
-    def _pages_for(self, adapters: Sequence[int], limits: Limits) -> int:
-        """Return the pages of as many adapters as a batch can have, the largest ones."""
-        page = page_elements(self.runner.observed.heads, limits.page_size)[0] * self.model.dtype.itemsize
-        most = sorted(adapters, reverse=True)[: limits.max_requests]
-        return sum(-(-nbytes // page) + 1 for nbytes in most)
-
-    def _longest(self, limits: Limits) -> int:
-        known = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        wanted = limits.max_model_len
-        if known and wanted and wanted > known:
-            raise SpecError([Problem("limits.max_model_len", f"the model takes at most {known} tokens, got {wanted}")])
-        return wanted or known or 4096
 
     @property
     def models(self) -> list[str]:
@@ -186,23 +144,7 @@ class Engine:
         Raises:
             SpecError: it chooses among experts that are not served.
         """
-        loaded = router if isinstance(router, Router) else load_router(router)
-        absent = [name for name in loaded.experts if name != BASE and name not in self.adapters.infos]
-        if absent:
-            served = ", ".join([BASE, *self.adapters.infos])
-            message = f"the router chooses among {', '.join(absent)}, which are not served (served: {served})"
-            raise SpecError([Problem("router", message)])
-        if self._embeds_with_this_base(loaded):
-            loaded.embedder = HiddenStates(
-                self.model, self.tokenizer, loaded.embedding.layer, loaded.embedding.max_length
-            )
-        self.router = loaded
-
-    def _embeds_with_this_base(self, router: Router) -> bool:
-        try:
-            return isinstance(router.embedding.model, str) and locate(router.embedding.model) == locate(self.source)
-        except MissingError:
-            return False
+        self.router = served_router(router, self.adapters.infos, self.model, self.tokenizer, self.source)
 
     def submit(
         self,
@@ -248,6 +190,8 @@ class Engine:
                 "context_length_exceeded",
             )
         self._check_bias(sampling)
+        if sampling.guide is not None:
+            self.guides.compile(sampling.guide)
         request = Request(
             f"r{next(self._ids)}",
             ids,
@@ -336,7 +280,9 @@ class Engine:
             if ticket is None:
                 continue  # a receiver of this step's text has cancelled it
             if token is None:
-                self._end(ticket, "error", f"the logits of {ticket.model!r} are no numbers, so no token can be chosen")
+                fault = self.sampler.fault(request)
+                broken = f"the logits of {ticket.model!r} are no numbers, so no token can be chosen"
+                self._end(ticket, "error", fault or broken)
             elif request.sampling.max_tokens == 0:
                 self._end(ticket, "length")  # its prompt was all that was asked for
             else:

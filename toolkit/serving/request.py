@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from toolkit.errors import RequestError
+from toolkit.serving.guide import Guide
 from toolkit.serving.mix import Mix
 from toolkit.serving.pages import Block
 
@@ -45,6 +46,7 @@ class Sampling:
         ignore_eos: go on after the model's end token.
         logprobs: note each token's log-probability and this many alternatives.
         prompt_logprobs: the same for the tokens of the prompt, but the first.
+        guide: the form that the answer must have; one that `max_tokens` or `stop` cuts is a beginning of it.
 
     Raises:
         RequestError: a value that means nothing.
@@ -65,6 +67,7 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         for name, expected, holds in (*self._checks(), *self._penalty_checks()):
@@ -82,6 +85,7 @@ class Sampling:
             ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
             ("seed", f"from {least} to {most}", self.seed is None or least <= self.seed <= most),
             ("stop", "a list of texts", not isinstance(self.stop, str)),
+            ("ignore_eos", "false where the answer has a form", not (self.ignore_eos and self.guide)),
             ("logprobs", counts, self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS),
             ("prompt_logprobs", counts, self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MOST_LOGPROBS),
         )

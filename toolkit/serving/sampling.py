@@ -1,7 +1,7 @@
 """Choose the next token of every request from its logits; no choice depends on the other requests.
 
-The order, as in transformers and in vLLM: logit bias and penalties (`penalties`); then the most likely token, or
-temperature, top-k, top-p and min-p (`filters`) and a draw.
+The order, as in transformers and in vLLM: logit bias and penalties (`penalties`); the form of the answer (`guided`);
+then the most likely token, or temperature, top-k, top-p and min-p (`filters`) and a draw.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from toolkit.serving.filters import probabilities
+from toolkit.serving.guided import Guides, Matcher
 from toolkit.serving.penalties import Penalties
 from toolkit.serving.request import Request
 
@@ -20,9 +21,15 @@ GREEDY_BELOW = 1e-5
 
 
 class Sampler:
-    """Samples for requests, each with a generator of its own."""
+    """Samples for requests, each with a generator of its own.
 
-    def __init__(self) -> None:
+    Args:
+        guides: of the model; without them no request can have a guide.
+    """
+
+    def __init__(self, guides: Guides | None = None) -> None:
+        self.guides = guides
+        self._matchers: dict[Request, Matcher] = {}
         self._generators: dict[Request, random.Random] = {}
         self._penalties: dict[Request, Penalties] = {}
 
@@ -33,7 +40,7 @@ class Sampler:
             requests: whose turn it is.
             logits_BV: `[len(requests), V]` float32; -inf is a token that cannot come.
         """
-        logits_BV = self._changed(requests, logits_BV)
+        logits_BV = self._guided(requests, self._changed(requests, logits_BV))
         tokens: list[int | None] = list(logits_BV.argmax(dim=-1).tolist())
         usable = logits_BV.amax(dim=-1).isfinite().tolist()
         drawn = [i for i, r in enumerate(requests) if usable[i] and r.sampling.temperature >= GREEDY_BELOW]
@@ -48,6 +55,27 @@ class Sampler:
         """Drop what is kept for a request."""
         self._generators.pop(request, None)
         self._penalties.pop(request, None)
+        self._matchers.pop(request, None)
+
+    def fault(self, request: Request) -> str | None:
+        """Return why no token could be chosen, where the form of the answer is the reason."""
+        return self._matchers[request].fault if request in self._matchers else None
+
+    def _guided(self, requests: Sequence[Request], logits_BV: torch.Tensor) -> torch.Tensor:
+        rows = [i for i, request in enumerate(requests) if request.sampling.guide]
+        if not rows:
+            return logits_BV
+        logits_BV = logits_BV.clone()
+        for i in rows:
+            logits_BV[i] = self._matcher(requests[i]).masked(requests[i].output, logits_BV[i])
+        return logits_BV
+
+    def _matcher(self, request: Request) -> Matcher:
+        if request not in self._matchers:
+            assert self.guides is not None
+            assert request.sampling.guide is not None
+            self._matchers[request] = self.guides.start(request.sampling.guide)
+        return self._matchers[request]
 
     def _changed(self, requests: Sequence[Request], logits_BV: torch.Tensor) -> torch.Tensor:
         rows = [i for i, request in enumerate(requests) if request.sampling.changes_logits]

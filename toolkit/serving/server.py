@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import Response
 
 from toolkit.serving.engine import Engine
 from toolkit.serving.http.adapters import Adapters, adapter_routes
+from toolkit.serving.http.document import describe
 from toolkit.serving.http.embeddings import embedding_routes
-from toolkit.serving.http.errors import ApiError, add_error_handlers
+from toolkit.serving.http.errors import add_error_handlers
 from toolkit.serving.http.generate import generate_routes
 from toolkit.serving.http.limits import Queue
 from toolkit.serving.http.metrics import Metrics
 from toolkit.serving.http.middleware import BodyLimit, Gate, RateLimit, Recorder
 from toolkit.serving.http.page import Page
 from toolkit.serving.http.roots import Roots
+from toolkit.serving.http.state import model_routes, state_routes
 from toolkit.serving.http.token_texts import TokenTexts
-from toolkit.serving.http.writer import model_entry, model_list
 from toolkit.serving.loop import EngineLoop
-
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def build_app(engine: Engine, access: Access | None = None) -> FastAPI:
         yield
         await asyncio.to_thread(loop.stop)
 
-    app = FastAPI(title="Composition Toolkit", lifespan=lifespan)
+    app = FastAPI(title="Composition Toolkit", version=version("composition-toolkit"), lifespan=lifespan)
     add_error_handlers(app)
     # The last that is added is the first that a request meets.
     app.add_middleware(BodyLimit, most=access.max_body)
@@ -76,38 +73,7 @@ def build_app(engine: Engine, access: Access | None = None) -> FastAPI:
     app.include_router(generate_routes(loop, queue, texts))
     app.include_router(embedding_routes(loop, queue))
     app.include_router(adapter_routes(Adapters(loop, Roots(access.adapter_roots))))
-    _add_models(app, engine)
-    _add_state(app, loop, queue, metrics)
+    app.include_router(model_routes(engine))
+    app.include_router(state_routes(loop, queue, metrics))
+    describe(app, keyed=bool(access.api_keys))
     return app
-
-
-def _add_models(app: FastAPI, engine: Engine) -> None:
-    started = int(time.time())
-
-    @app.get("/v1/models", tags=["models"])
-    async def models() -> dict[str, Any]:
-        return model_list(engine.models, started)
-
-    @app.get("/v1/models/{name}", tags=["models"])
-    async def model(name: str) -> dict[str, Any]:
-        if name not in engine.models:
-            raise ApiError(404, f"no model {name!r} (served: {', '.join(engine.models)})", "model_not_found")
-        return model_entry(name, started)
-
-
-def _add_state(app: FastAPI, loop: EngineLoop, queue: Queue, metrics: Metrics) -> None:
-    @app.get("/health", tags=["state"])
-    async def health() -> dict[str, str]:
-        if not loop.alive:
-            raise ApiError(503, "the engine has stopped", "engine_stopped")
-        return {"status": "ok"}
-
-    @app.get("/ready", tags=["state"])
-    async def ready() -> dict[str, str]:
-        if not loop.alive or queue.is_full(loop.engine):
-            raise ApiError(503, "the engine has stopped" if not loop.alive else "the queue is full", "not_ready")
-        return {"status": "ready"}
-
-    @app.get("/metrics", tags=["state"])
-    async def show_metrics() -> Response:
-        return Response(metrics.text(), media_type=METRICS_TYPE)

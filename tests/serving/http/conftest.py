@@ -6,6 +6,7 @@ import httpx
 import openai
 import pytest
 
+from tests.serving.http.described import Document
 from toolkit.serving.engine import Engine
 from toolkit.serving.serve import background_server
 from toolkit.serving.spec import Limits
@@ -33,5 +34,7 @@ def client(url):
 
 @pytest.fixture
 def http(url):
-    with httpx.Client(base_url=url, trust_env=False, timeout=60) as found:
+    """A client that holds every response against the OpenAPI document."""
+    document = Document(httpx.get(f"{url}/openapi.json", trust_env=False).json())
+    with document.client(url) as found:
         yield found

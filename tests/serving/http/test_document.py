@@ -27,7 +27,7 @@ def test_fields_of_bodies():
     fields = {name for body in (CompletionBody, ChatBody, EmbeddingBody) for name in body.model_fields}
     not_served = set(re.findall(r"`(\w+)`", TEXT.split("| `pooling`")[1].split("are taken where")[0].split("|\n")[-1]))
     assert named("What a request can ask for") == fields - not_served
-    assert not_served == {"best_of", "suffix", "store", "service_tier", "response_format", "dimensions"}
+    assert not_served == {"best_of", "suffix", "store", "service_tier", "dimensions"}
     assert set(AdapterBody.model_fields) == {"name", "path"}
     assert all(f"`{name}`" in TEXT for name in LoadBody.model_fields)
 

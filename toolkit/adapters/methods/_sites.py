@@ -43,7 +43,7 @@ class Sites:
         self.model_config = getattr(model, "config", None)
         self.placed: defaultdict[tuple[Any, ...], list[AdapterLayer]] = defaultdict(list)
         if config.target_modules == "all-linear":
-            _name_linears(config, model)
+            name_linears(config, model)
         self.counts = Counter(
             _kind(key, module)
             for key, module in model.named_modules()
@@ -58,7 +58,7 @@ class Sites:
         return Site(key, layer, len(before) - 1, self.counts[kind], before[0], self.model_config)
 
 
-def _name_linears(config: Any, model: nn.Module) -> None:
+def name_linears(config: Any, model: nn.Module) -> None:
     """Write the shortest ends of names that say the same as `all-linear`.
 
     PEFT does so itself, later and for large models alone; whole names would hide `layers_to_transform` from it.

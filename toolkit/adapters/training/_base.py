@@ -132,10 +132,11 @@ class TrainingMethod:
         """Return the cross-entropy of every trained token, `[B, T - 1]` float32, 0 elsewhere."""
         raise NotImplementedError
 
-    def optimizer(self, groups: list[dict[str, Any]], learning_rate: float) -> Optimizer:
+    def optimizer(self, model: nn.Module, groups: list[dict[str, Any]], learning_rate: float) -> Optimizer:
         """Return the optimizer.
 
         Args:
+            model: that is trained.
             groups: trained parameters as torch's optimizers take them: with and without weight decay.
             learning_rate: at its peak.
         """

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from toolkit.kernels.paging import gather
+from toolkit.kernels.decode_attention.caches import Cache
+from toolkit.kernels.scoring import Scoring, normalise
 
 
 def decode_attention(
-    q_SHD: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    lengths: list[int],
-    tables: torch.Tensor,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    q_SHD: torch.Tensor, cache: Cache, lengths: list[int], tables: torch.Tensor, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the api."""
     out_SHD = torch.empty_like(q_SHD)
     lse_SH = torch.empty(q_SHD.shape[:2], dtype=torch.float32, device=q_SHD.device)
-    groups = q_SHD.shape[1] // k_cache.shape[2]
+    groups = q_SHD.shape[1] // cache.heads
     for sequence, length in enumerate(lengths):
-        k_LGD, v_LGD = gather(k_cache, tables[sequence], length), gather(v_cache, tables[sequence], length)
-        first = 0 if window is None else max(0, length - window)
+        k_LGD, v_LGD = (t.flatten(0, 1)[:length] for t in cache.read(tables[sequence, : -(-length // cache.page)]))
+        token = torch.arange(length, device=q_SHD.device)
+        seen = (token >= scoring.first_seen(length - 1)) | (token < scoring.num_global)
         for head in range(q_SHD.shape[1]):
-            k, v = k_LGD[first:, head // groups], v_LGD[first:, head // groups]
-            scores = (k @ q_SHD[sequence, head]) * scale
-            if soft_cap is not None:
-                scores = soft_cap * torch.tanh(scores / soft_cap)
-            out_SHD[sequence, head] = torch.softmax(scores, dim=0) @ v
-            lse_SH[sequence, head] = torch.logsumexp(scores, dim=0)
+            scores = scoring.scores(k_LGD[:, head // groups] @ q_SHD[sequence, head])
+            sink = None if scoring.sinks_H is None else scoring.sinks_H[head]
+            shares, lse_SH[sequence, head] = normalise(scores.masked_fill(~seen, -torch.inf), sink)
+            out_SHD[sequence, head] = shares.to(v_LGD.dtype) @ v_LGD[:, head // groups]
     return out_SHD, lse_SH

@@ -1,42 +1,141 @@
-"""One batched product for all sequences, padded to the longest; padding is masked, and may hold anything.
-
-Scores and sums are float32 whatever the dtype of the cache.
-"""
+"""Sequences of similar lengths together, padded to the longest of them; padding is masked, and may hold anything."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
 import torch
 
-from toolkit.kernels.paging import gather
+from toolkit.kernels.decode_attention.api import SharedPrefix
+from toolkit.kernels.decode_attention.caches import Cache
+from toolkit.kernels.decode_attention.plan import Span, list_spans
+from toolkit.kernels.dense import dense_attention
+from toolkit.kernels.merge_states.reference import merge_states
+from toolkit.kernels.scoring import Scoring
+
+CHUNK = 2**20
+"""Bytes of keys that are worked on at a time, so that they are still in the processor's cache when they are used."""
+
+Spans = tuple[Span, ...]
 
 
 def decode_attention(
     q_SHD: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    cache: Cache,
     lengths: list[int],
     tables: torch.Tensor,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    scoring: Scoring,
+    prefixes: Sequence[SharedPrefix],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the api."""
-    num_heads, size = q_SHD.shape[1:]
-    heads = k_cache.shape[2]
-    longest = max(lengths)
-    length = torch.tensor(lengths, device=q_SHD.device)[:, None]
-    position = torch.arange(longest, device=q_SHD.device)[None]
-    hidden = position >= length
-    if window is not None:
-        hidden |= position < length - window
-    k_SGLD = gather(k_cache, tables, longest).transpose(1, 2).float()
-    # A weight of zero does not silence what is not finite, so unseen values are zeroed.
-    v_SGLD = gather(v_cache, tables, longest).masked_fill(hidden[..., None, None], 0).transpose(1, 2).float()
-    q_SGRD = q_SHD.float().view(len(lengths), heads, num_heads // heads, size)
-    scores = torch.matmul(q_SGRD * scale, k_SGLD.transpose(2, 3))
-    if soft_cap is not None:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    scores.masked_fill_(hidden[:, None, None], -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    out = torch.matmul(torch.exp(scores - lse[..., None]), v_SGLD).to(q_SHD.dtype)
-    return out.reshape(len(lengths), num_heads, size), lse.reshape(len(lengths), num_heads)
+    plain = replace(scoring, sinks_H=None)
+    shared, own = list_spans(lengths, prefixes, scoring)
+    token_bytes = cache.heads * q_SHD.shape[2] * q_SHD.itemsize
+    groups = (*((span,) for span in shared), *_chunks(tuple(own), token_bytes))
+    if scoring.sinks_H is None and not shared and len(own) == len(lengths):
+        return _one_span_each(q_SHD, cache, groups, tables, plain)
+    out_SHD = torch.zeros(q_SHD.shape, dtype=torch.float32, device=q_SHD.device)
+    lse_SH = torch.full(q_SHD.shape[:2], -torch.inf, device=q_SHD.device)
+    if scoring.sinks_H is not None:
+        # A sink is a state of its own: an output of zero and a sum of its exponential.
+        lse_SH.copy_(scoring.sinks_H.expand_as(lse_SH))
+    for spans in groups:
+        rows = torch.tensor([m for span in spans for m in span.members], device=q_SHD.device)
+        attend = _shared if len(spans[0].members) > 1 else _padded
+        out, lse = attend(q_SHD[rows], cache, spans, tables, plain)
+        merged = merge_states(torch.stack([out_SHD[rows], out.float()]), torch.stack([lse_SH[rows], lse]))
+        out_SHD[rows], lse_SH[rows] = merged
+    return out_SHD.to(q_SHD.dtype), lse_SH
+
+
+def _one_span_each(
+    q_SHD: torch.Tensor, cache: Cache, groups: Sequence[Spans], tables: torch.Tensor, scoring: Scoring
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do the work of sequences of which each has one span: nothing is left to merge."""
+    out_SHD = torch.empty_like(q_SHD)
+    lse_SH = torch.empty(q_SHD.shape[:2], device=q_SHD.device)
+    for spans in groups:
+        rows = _places(spans, cache.page, tables.shape[1], q_SHD.device).rows
+        out, lse_SH[rows] = _padded(q_SHD[rows], cache, spans, tables, scoring)
+        out_SHD[rows] = out.to(q_SHD.dtype)
+    return out_SHD, lse_SH
+
+
+@lru_cache(maxsize=4)
+def _chunks(spans: Spans, token_bytes: int) -> list[Spans]:
+    """Put spans of one sequence each into groups of similar lengths."""
+    groups: list[list[Span]] = []
+    for span in sorted(spans, key=lambda span: (span.first - span.stop, span.members)):
+        group = groups[-1] if groups else []
+        longest = group[0].stop - group[0].first if group else 0
+        # A sequence may have two spans, and a merge takes one of each at a time.
+        twice = any(other.members == span.members for other in group)
+        if not group or twice or longest * (len(group) + 1) * token_bytes > CHUNK:
+            group = []
+            groups.append(group)
+        group.append(span)
+    return [tuple(group) for group in groups]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of some spans are; the same for all layers of a step.
+
+    Attributes:
+        rows: `[S]`, sequence of each span.
+        columns: `[S, pages]`, of its block table.
+        seen: `[S, 1, 1, L]`, which tokens of those pages belong to it.
+        unseen: `[S, L, 1, 1]`, which do not; `None` if all do.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    seen: torch.Tensor
+    unseen: torch.Tensor | None
+
+
+@lru_cache(maxsize=16)
+def _places(spans: Spans, page: int, width: int, device: torch.device) -> Places:
+    first = torch.tensor([span.first for span in spans], device=device)[:, None]
+    stop = torch.tensor([span.stop for span in spans], device=device)[:, None]
+    most = max(-(-span.stop // page) - span.first // page for span in spans)
+    columns = (first // page + torch.arange(most, device=device)).clamp_(max=width - 1)
+    token = (first // page * page) + torch.arange(most * page, device=device)
+    seen_SL = (token >= first) & (token < stop)
+    unseen = None if bool(seen_SL.all()) else ~seen_SL[:, :, None, None]
+    rows = torch.tensor([span.members[0] for span in spans], device=device)
+    return Places(rows, columns, seen_SL[:, None, None], unseen)
+
+
+def _padded(
+    q_SHD: torch.Tensor, cache: Cache, spans: Spans, tables: torch.Tensor, scoring: Scoring
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend from one query to each span."""
+    places = _places(spans, cache.page, tables.shape[1], q_SHD.device)
+    pages = tables[places.rows[:, None], places.columns]
+    k_SLGD, v_SLGD = (t.flatten(1, 2) for t in cache.read(pages))
+    if places.unseen is not None:
+        # A weight of zero does not silence what is not finite.
+        for numbers in (k_SLGD, v_SLGD):
+            numbers.masked_fill_(places.unseen, 0)
+    q_SGRD = q_SHD.view(len(spans), cache.heads, -1, q_SHD.shape[2])
+    seen = places.seen.expand(-1, -1, q_SGRD.shape[2], -1)
+    out, lse = dense_attention(q_SGRD, k_SLGD.transpose(1, 2), v_SLGD.transpose(1, 2), seen, scoring)
+    return out.reshape(q_SHD.shape), lse.reshape(q_SHD.shape[:2])
+
+
+def _shared(
+    q_SHD: torch.Tensor, cache: Cache, spans: Spans, tables: torch.Tensor, scoring: Scoring
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend from all queries of one span to its tokens, which are read once."""
+    (span,) = spans
+    count, size = len(span.members), q_SHD.shape[2]
+    pages = tables[span.members[0], : -(-span.stop // cache.page)]
+    k_GLD, v_GLD = (t.flatten(0, 1)[: span.stop].transpose(0, 1) for t in cache.read(pages))
+    q_GQD = q_SHD.view(count, cache.heads, -1, size).transpose(0, 1).reshape(cache.heads, -1, size)
+    seen = torch.ones(1, 1, q_GQD.shape[1], span.stop, dtype=torch.bool, device=q_SHD.device)
+    out, lse = dense_attention(q_GQD[None], k_GLD[None], v_GLD[None], seen, scoring)
+    out = out.view(cache.heads, count, -1, size).transpose(0, 1).reshape(q_SHD.shape)
+    return out, lse.view(cache.heads, count, -1).transpose(0, 1).reshape(q_SHD.shape[:2])

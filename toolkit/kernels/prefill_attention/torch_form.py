@@ -1,13 +1,14 @@
-"""Batched products over the heads, a block of queries at a time so that scores never take `T x T` memory.
-
-Scores and sums are float32 whatever the dtype of the cache.
-"""
+"""A block of queries at a time, so that masks and scores never take `T x T` memory, over the keys that it can see."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from toolkit.kernels.dense import dense_attention
 from toolkit.kernels.paging import gather, visible
+from toolkit.kernels.scoring import Scoring
 
 BLOCK = 256
 """Queries that are worked on at a time."""
@@ -20,31 +21,36 @@ def prefill_attention(
     starts: list[int],
     lengths: list[int],
     tables: torch.Tensor,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    positions: list[int],
+    scoring: Scoring,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the api."""
-    out_THD = torch.empty_like(q_THD)
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     lse_TH = torch.empty(q_THD.shape[:2], dtype=torch.float32, device=q_THD.device)
-    heads, size = k_cache.shape[2:]
     for index, length in enumerate(lengths):
-        first, last = starts[index], starts[index + 1]
-        k_GLD = gather(k_cache, tables[index], length).transpose(0, 1).float()
-        v_GLD = gather(v_cache, tables[index], length).transpose(0, 1).float()
-        for row in range(first, last, BLOCK):
-            end = min(row + BLOCK, last)
-            # Queries see nothing after themselves, so neither do the products.
-            seen = length - (last - end)
-            q_GQD = q_THD[row:end].float().view(end - row, heads, -1, size).permute(1, 2, 0, 3).reshape(heads, -1, size)
-            scores = torch.bmm(q_GQD * scale, k_GLD[:, :seen].transpose(1, 2)).view(heads, -1, end - row, seen)
-            if soft_cap is not None:
-                scores = soft_cap * torch.tanh(scores / soft_cap)
-            allowed = visible(seen - (end - row), seen, seen, window, q_THD.device)
-            scores.masked_fill_(~allowed, -torch.inf)
-            lse = torch.logsumexp(scores, dim=-1)
-            shares = torch.exp(scores - lse[..., None]).view(heads, -1, seen)
-            out = torch.bmm(shares, v_GLD[:, :seen]).view(heads, -1, end - row, size)
-            out_THD[row:end] = out.permute(2, 0, 1, 3).reshape(end - row, -1, size)
-            lse_TH[row:end] = lse.permute(2, 0, 1).reshape(end - row, -1)
+        k_LGD, v_LGD = gather(k_cache, tables[index], length), gather(v_cache, tables[index], length)
+        for row in range(starts[index], starts[index + 1], BLOCK):
+            rows = slice(row, min(row + BLOCK, starts[index + 1]))
+            position = positions[index] + row - starts[index]
+            out_THD[rows], lse_TH[rows] = _block(q_THD[rows], k_LGD, v_LGD, position, scoring)
     return out_THD, lse_TH
+
+
+def _block(
+    q_QHD: torch.Tensor, k_LGD: torch.Tensor, v_LGD: torch.Tensor, position: int, scoring: Scoring
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend from consecutive queries of one sequence, the first at `position`; returns `[Q, H, D]` and `[Q, H]`."""
+    queries, heads, size = len(q_QHD), k_LGD.shape[1], q_QHD.shape[2]
+    stop = max(0, min(len(k_LGD), position + queries))
+    first = min(scoring.first_seen(position), stop)
+    seen = visible(position, position + queries, stop, scoring.window, q_QHD.device, scoring.num_global)
+    keys = slice(0, stop) if first <= scoring.num_global else slice(first, stop)
+    if 0 < scoring.num_global < first:
+        keys = torch.cat([torch.arange(scoring.num_global), torch.arange(first, stop)]).to(q_QHD.device)
+    q_GRQD = q_QHD.view(queries, heads, -1, size).permute(1, 2, 0, 3)
+    shape = (*q_GRQD.shape[:2], -1, size)
+    k_GRLD, v_GRLD = (t[keys].transpose(0, 1)[:, None].expand(shape) for t in (k_LGD, v_LGD))
+    if scoring.sinks_H is not None:
+        scoring = replace(scoring, sinks_H=scoring.sinks_H.view(heads, -1, 1))
+    out_GRQD, lse_GRQ = dense_attention(q_GRQD, k_GRLD, v_GRLD, seen[None, None, :, keys], scoring)
+    return out_GRQD.permute(2, 0, 1, 3).reshape(q_QHD.shape), lse_GRQ.permute(2, 0, 1).reshape(queries, -1)

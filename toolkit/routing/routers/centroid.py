@@ -9,16 +9,17 @@ is the logarithm of the odds, were the experts' prompts normally distributed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from toolkit.errors import CheckpointError
-from toolkit.routing.embedding import Vectors
+from toolkit.routing.examples import Examples
+from toolkit.routing.ops import State, Vectors, check_arrays, check_width, products, size
 from toolkit.specs import Spec
+
+SCORES = "log_probability"
 
 
 class Params(Spec):
@@ -31,12 +32,12 @@ class Params(Spec):
     shrinkage: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
-def fit(vectors: Vectors, experts: NDArray[np.int64], num_experts: int, params: Params) -> dict[str, Vectors]:
+def fit(vectors: Vectors, examples: Examples, params: Params) -> dict[str, Vectors]:
     """Average and whiten the vectors of each expert."""
     x = vectors.astype(np.float64)
-    means = np.stack([x[experts == i].mean(axis=0) for i in range(num_experts)])
+    means = np.stack([x[rows].mean(axis=0) for rows in examples.members()])
     center = means.mean(axis=0)
-    whitening = _whitening(x - means[experts], params.shrinkage)
+    whitening = _whitening(x - means[examples.labels], params.shrinkage)
     return {
         "center": center.astype(np.float32),
         "whitening": whitening.astype(np.float32),
@@ -44,40 +45,33 @@ def fit(vectors: Vectors, experts: NDArray[np.int64], num_experts: int, params: 
     }
 
 
-def score(vectors: Vectors, state: Mapping[str, Vectors]) -> Vectors:
-    """Return minus half the squared distance to every centroid.
+def add(state: State, vectors: Vectors) -> dict[str, Vectors]:
+    """Append an expert; the covariance stays that of the experts of the fit."""
+    mean = (vectors.astype(np.float64).mean(axis=0) - state["center"]) @ state["whitening"]
+    return dict(state) | {"centroids": np.vstack([state["centroids"], mean.astype(np.float32)])}
 
-    Raises:
-        CheckpointError: vectors of another width than the router was fitted on.
-    """
-    if vectors.shape[1] != state["center"].size:
-        given, wanted = vectors.shape[1], state["center"].size
-        raise CheckpointError(f"the embedding has {given} numbers, the router was fitted on {wanted}; fit it anew")
+
+def score(vectors: Vectors, state: State) -> Vectors:
+    """Return minus half the squared distance to every centroid."""
+    check_width(vectors, state["center"].size)
     x, centroids = (vectors - state["center"]) @ state["whitening"], state["centroids"]
-    return x @ centroids.T - (np.square(x).sum(axis=1, keepdims=True) + np.square(centroids).sum(axis=1)) / 2
+    return products(x, centroids) - (np.square(x).sum(axis=1, keepdims=True) + np.square(centroids).sum(axis=1)) / 2
 
 
-def check(state: Mapping[str, Vectors], num_experts: int) -> None:
+def check(state: State, num_experts: int) -> None:
     """Check that the arrays are all there, finite, and of sizes that fit each other and the experts."""
-    size = state["center"].size if "center" in state else 0
-    wanted = {"center": (size,), "whitening": (size, size), "centroids": (num_experts, size)}
-    for name, shape in wanted.items():
-        if name not in state:
-            raise CheckpointError(f"{name} is missing")
-        if state[name].shape != shape:
-            raise CheckpointError(f"{name} is {list(state[name].shape)}, expected {list(shape)}")
-        if not np.isfinite(state[name]).all():
-            raise CheckpointError(f"{name} holds values that are not finite")
+    width = size(state, "center")
+    check_arrays(state, {"center": (width,), "whitening": (width, width), "centroids": (num_experts, width)})
 
 
 def _whitening(within: NDArray[np.float64], shrinkage: float | None) -> NDArray[np.float64]:
     """Return `[H, H]`, after which deviations from the experts' means have (nearly) unit covariance."""
-    count, size = within.shape
+    count, width = within.shape
     covariance = within.T @ within / count
-    level = np.trace(covariance) / size
+    level = np.trace(covariance) / width
     if level <= 0:  # no expert has two different prompts
-        return np.eye(size)
-    identity = level * np.eye(size)
+        return np.eye(width)
+    identity = level * np.eye(width)
     if shrinkage is None:
         spread = (np.square(within).T @ np.square(within)).sum() / count - np.square(covariance).sum()
         shrinkage = float(np.clip(spread / count / np.square(covariance - identity).sum(), 1e-6, 1))

@@ -13,6 +13,14 @@ from toolkit.errors import RequestError, ToolkitError
 from toolkit.serving.adapters.pool import AdapterInfo, check_name
 from toolkit.serving.http.errors import ApiError, of_request
 from toolkit.serving.http.fields import Body
+from toolkit.serving.http.responses import (
+    BODY_ERRORS,
+    AdapterEntry,
+    AdapterList,
+    DeletedAdapter,
+    LoadedAdapter,
+    errors,
+)
 from toolkit.serving.http.roots import Roots
 from toolkit.serving.loop import EngineLoop
 
@@ -131,29 +139,36 @@ def entry(info: AdapterInfo) -> dict[str, Any]:
     }
 
 
+_LOADED: dict[int | str, dict[str, Any]] = {
+    200: {"model": LoadedAdapter, "description": "Reloaded, or unchanged."},
+    201: {"model": LoadedAdapter, "description": "Loaded."},
+    **errors(403, 404, *BODY_ERRORS),
+}
+
+
 def adapter_routes(adapters: Adapters) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(tags=["adapters"])
 
-    @routes.get("/v1/adapters")
-    async def list_adapters() -> dict[str, Any]:
+    @routes.get("/v1/adapters", responses={200: {"model": AdapterList}, **errors(401)})
+    async def list_adapters() -> Any:
         return {"object": "list", "data": [entry(info) for info in adapters.infos.values()]}
 
-    @routes.get("/v1/adapters/{name}")
-    async def show_adapter(name: str) -> dict[str, Any]:
+    @routes.get("/v1/adapters/{name}", responses={200: {"model": AdapterEntry}, **errors(401, 404)})
+    async def show_adapter(name: str) -> Any:
         return entry(adapters.info(name))
 
-    @routes.post("/v1/adapters")
+    @routes.post("/v1/adapters", responses=_LOADED)
     async def load_adapter(body: AdapterBody) -> Response:
         info, what = await adapters.load(body.name, body.path)
         return JSONResponse(entry(info) | {"status": what}, 201 if what == "loaded" else 200)
 
-    @routes.delete("/v1/adapters/{name}")
-    async def unload_adapter(name: str) -> dict[str, Any]:
+    @routes.delete("/v1/adapters/{name}", responses={200: {"model": DeletedAdapter}, **errors(401, 404, 409, 500)})
+    async def unload_adapter(name: str) -> Any:
         await adapters.unload(name)
         return {"id": name, "object": "adapter", "deleted": True}
 
-    @routes.post("/v1/load_lora_adapter")
+    @routes.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=errors(403, 404, *BODY_ERRORS))
     async def load_lora_adapter(body: LoadBody) -> Response:
         if body.lora_name in adapters.infos and not body.load_inplace:
             message = f"adapter {body.lora_name!r} is loaded already; set load_inplace to replace it"
@@ -161,7 +176,7 @@ def adapter_routes(adapters: Adapters) -> APIRouter:
         await adapters.load(body.lora_name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @routes.post("/v1/unload_lora_adapter")
+    @routes.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=errors(404, 409, *BODY_ERRORS))
     async def unload_lora_adapter(body: UnloadBody) -> Response:
         await adapters.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import override
 
-from toolkit.serving.http.fields import Body, only, several
+from toolkit.serving.http.fields import Body, Prompts, only
+from toolkit.serving.http.guides import GuidedBody
 from toolkit.serving.http.messages import Message, Tool, as_template_takes
 from toolkit.serving.mix import BASE, MOST_PARTS, MOST_WEIGHT, show_model
 from toolkit.serving.prompts import Chat, Prompt
@@ -20,7 +21,14 @@ MOST_ANSWERS = 128
 
 Penalty = Annotated[float, Field(ge=-MOST_PENALTY, le=MOST_PENALTY)]
 Bias = Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]
-TokenId = Annotated[int, Field(ge=0)]
+
+
+def _number(value: Any) -> Any:
+    """Read a key of an object as the number that it stands for."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+
+
+TokenId = Annotated[int, BeforeValidator(_number), Field(ge=0)]
 Alternatives = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 
 
@@ -38,7 +46,7 @@ class Part(Body):
     weight: Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)] = 1.0
 
 
-class GenerateBody(Body):
+class GenerateBody(GuidedBody):
     """What completions and chat completions share."""
 
     model: str
@@ -52,7 +60,9 @@ class GenerateBody(Body):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    logit_bias: dict[TokenId, Bias] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[TokenId, Bias], Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}})] = (
+        Field(default_factory=dict)
+    )
     seed: Annotated[int, Field(ge=SEEDS[0], le=SEEDS[1])] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] = Field(default_factory=list)
@@ -113,6 +123,7 @@ class GenerateBody(Body):
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
             logprobs=self.alternatives,
+            guide=self.guide,
         )
 
     @property
@@ -130,10 +141,12 @@ def _false_is_none(value: Any) -> Any:
 class CompletionBody(GenerateBody):
     """Body of `/v1/completions`."""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(several)]
+    prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0)] = 16
     echo: bool = False
-    logprobs: Annotated[Alternatives | None, BeforeValidator(_false_is_none)] = None
+    logprobs: Annotated[Alternatives | None, BeforeValidator(_false_is_none, Alternatives | Literal[False] | None)] = (
+        None
+    )
     best_of: Annotated[Any, only(1)] = None
     suffix: Annotated[Any, only("")] = None
 
@@ -181,12 +194,13 @@ class ChatBody(GenerateBody):
     tools: list[Tool] = Field(default_factory=list)
     tool_choice: Annotated[Any, only("none", "auto")] = None
     parallel_tool_calls: bool | None = None
-    response_format: Annotated[Any, only({"type": "text"})] = None
 
     @model_validator(mode="after")
     def _logprobs(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs to be true")
+        if self.guide is not None and self.used_tools:
+            raise PydanticCustomError("guide", "an answer that may call tools cannot have a form")
         return self
 
     @property

@@ -55,6 +55,9 @@ class Call:
             return lambda item: events.call_soon_threadsafe(self._items.put_nowait, (index, item))
 
         try:
+            if self.body.guide is not None:
+                # Not in the engine's thread, where all answers would wait for it.
+                await asyncio.to_thread(self.loop.engine.guides.compile, self.body.guide)
             self.tickets = await asyncio.wrap_future(self.loop.call(lambda engine: self._enter(engine, receiver)))
         except RequestError as error:
             raise of_request(error) from None

@@ -8,15 +8,15 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request
-from pydantic import BeforeValidator
 
 from toolkit.errors import RequestError
 from toolkit.serving.embed import Pooling, embed
 from toolkit.serving.engine import Engine
 from toolkit.serving.http.errors import of_request
-from toolkit.serving.http.fields import Body, only, several
+from toolkit.serving.http.fields import Body, Prompts, only
 from toolkit.serving.http.limits import Queue, QueueFullError
 from toolkit.serving.http.records import Record
+from toolkit.serving.http.responses import BODY_ERRORS, Embeddings, errors
 from toolkit.serving.loop import EngineLoop
 from toolkit.serving.prompts import Prompt
 
@@ -25,7 +25,7 @@ class EmbeddingBody(Body):
     """Body of `/v1/embeddings`."""
 
     model: str
-    input: Annotated[list[str | list[int]], BeforeValidator(several)]
+    input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Pooling = "last"
     normalize: bool = True
@@ -37,8 +37,8 @@ def embedding_routes(loop: EngineLoop, queue: Queue) -> APIRouter:
     """Return the route."""
     routes = APIRouter(tags=["models"])
 
-    @routes.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingBody, request: Request) -> dict[str, Any]:
+    @routes.post("/v1/embeddings", responses={200: {"model": Embeddings}, **errors(404, *BODY_ERRORS)})
+    async def embeddings(body: EmbeddingBody, request: Request) -> Any:
         record: Record = request.state.record
         record.model = body.model
         vectors: list[list[float]] = []

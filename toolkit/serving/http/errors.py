@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from toolkit.errors import RequestError
 
@@ -77,8 +78,10 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        status = error.status_code
-        return JSONResponse(error_body(str(error.detail), kind_of(status)), status, headers=error.headers)
+        status, headers = error.status_code, dict(error.headers or {})
+        if status == 405:
+            headers["Allow"] = ", ".join(_methods(request))
+        return JSONResponse(error_body(str(error.detail), kind_of(status)), status, headers=headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
@@ -86,6 +89,13 @@ def add_error_handlers(app: FastAPI) -> None:
         answer = error_body("the server failed; see its log", "server_error", "internal_error")
         # This answer is made outside of the middleware that gives the others their id.
         return JSONResponse(answer, 500, headers={ID_HEADER: request.state.record.id})
+
+
+def _methods(request: Request) -> list[str]:
+    """Return what a path can be asked by; the framework names the methods of its first route alone."""
+    routes, scope = request.app.routes, request.scope
+    known = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+    return [m for m in known if any(r.matches({**scope, "method": m})[0] is Match.FULL for r in routes)]
 
 
 def explain(error: RequestValidationError) -> tuple[str, str | None]:

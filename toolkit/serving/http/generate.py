@@ -17,6 +17,7 @@ from toolkit.serving.http.calls import Call
 from toolkit.serving.http.errors import ApiError, error_body
 from toolkit.serving.http.limits import Queue
 from toolkit.serving.http.records import Record
+from toolkit.serving.http.responses import BODY_ERRORS, ChatCompletion, Completion, ResponseBody, errors, streamed
 from toolkit.serving.http.token_texts import TokenTexts
 from toolkit.serving.http.writer import Writer
 from toolkit.serving.loop import EngineLoop
@@ -38,15 +39,22 @@ def generate_routes(loop: EngineLoop, queue: Queue, texts: TokenTexts) -> APIRou
         answers = Answers(call, writer, texts)
         return _streamed(answers) if body.stream else await _whole(answers, request)
 
-    @routes.post("/v1/completions")
+    @routes.post("/v1/completions", responses=_answers("/v1/completions", Completion))
     async def completions(body: CompletionBody, request: Request) -> Response:
         return await answer(body, request)
 
-    @routes.post("/v1/chat/completions")
+    @routes.post("/v1/chat/completions", responses=_answers("/v1/chat/completions", ChatCompletion))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         return await answer(body, request)
 
     return routes
+
+
+def _answers(path: str, whole: type[ResponseBody]) -> dict[int | str, dict[str, Any]]:
+    """Return the documentation of what a route answers."""
+    forms = streamed(path)
+    forms[200]["model"] = whole
+    return forms | errors(404, *BODY_ERRORS)
 
 
 async def _whole(answers: Answers, request: Request) -> Response:

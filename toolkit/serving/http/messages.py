@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from toolkit.serving.http.fields import Body, only, shortened
@@ -42,6 +42,13 @@ class ToolCall(Body):
     function: CalledFunction
 
 
+class TextPart(BaseModel):
+    """A part of a content; its other keys are not looked at."""
+
+    type: Literal["text"]
+    text: str
+
+
 def _role(value: Any) -> Any:
     return "system" if value == "developer" else value
 
@@ -60,11 +67,14 @@ def _joined(value: Any) -> Any:
     return "".join(part["text"] for part in value)
 
 
+Role = Literal["system", "user", "assistant", "tool"]
+
+
 class Message(Body):
     """One chat message."""
 
-    role: Annotated[Literal["system", "user", "assistant", "tool"], BeforeValidator(_role)]
-    content: Annotated[str, BeforeValidator(_joined)] = ""
+    role: Annotated[Role, BeforeValidator(_role, Role | Literal["developer"])]
+    content: Annotated[str, BeforeValidator(_joined, str | list[TextPart])] = ""
     name: str | None = None
     refusal: Annotated[Any, only()] = None
     tool_calls: list[ToolCall] = Field(default_factory=list)

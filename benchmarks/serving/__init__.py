@@ -1,0 +1,1 @@
+"""Serving many adapters of one base against PEFT, transformers and vLLM: `python -m benchmarks.serving`."""

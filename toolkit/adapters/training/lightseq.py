@@ -1,0 +1,74 @@
+"""LightSeq's placement of checkpoints (2310.03294): at the output of attention, which then never runs twice.
+
+Activations are computed again in the backward pass as with `gradient_checkpointing`, but for the output of the attention
+kernel and the logarithms of its sums, which are all that its backward pass needs of it besides queries, keys and
+values. That costs a hidden state and one number per head more for every layer and token, and saves a forward pass of
+attention, which at long sequences is most of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from toolkit.adapters.training._base import TrainingMethod
+from toolkit.errors import Problem, UnsupportedError
+
+if TYPE_CHECKING:
+    from toolkit.adapters.loop import AdapterTrainer
+
+_KERNELS = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+"""torch's fused kernels, whose backward pass starts from their output."""
+
+
+class Lightseq(TrainingMethod):
+    """Checkpoints at the output of attention."""
+
+    def faults(self) -> Iterator[Problem]:
+        """Refuse two ways to compute activations again."""
+        if self.spec.training.gradient_checkpointing:
+            yield Problem("training.gradient_checkpointing", "lightseq places checkpoints itself; set it to false")
+
+    @contextmanager
+    def around(self, trainer: AdapterTrainer) -> Iterator[None]:
+        """Have the layers of the model keep their input and the output of attention."""
+        with attention_kept(trainer.unwrapped()):
+            yield
+
+
+@contextmanager
+def attention_kept(model: Any) -> Iterator[None]:
+    """Checkpoint the layers of a model in training mode; they are as they were after the block.
+
+    Raises:
+        UnsupportedError: its attention is not torch's.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers or model.config.get_text_config()._attn_implementation != "sdpa":
+        raise UnsupportedError("lightseq needs a decoder of transformers with sdpa attention; leave it out")
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    function = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    before = [(layer.gradient_checkpointing, vars(layer).get("_gradient_checkpointing_func")) for layer in layers]
+    for layer in layers:
+        vars(layer).update(gradient_checkpointing=True, _gradient_checkpointing_func=function)
+    try:
+        yield
+    finally:
+        for layer, (on, own) in zip(layers, before, strict=True):
+            vars(layer).update(gradient_checkpointing=on, _gradient_checkpointing_func=own)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kernels = [getattr(torch.ops.aten, name).default for name in _KERNELS]
+    return CheckpointPolicy.MUST_SAVE if operator in kernels else CheckpointPolicy.PREFER_RECOMPUTE
