@@ -69,7 +69,7 @@ def spec_of(base, loras, tasks, **changes):
 def test_scores_of_adapters_routes_and_merges(over_http, base, loras, tasks, router, tmp_path):
     merged = tmp_path / "merged"
     spec = {
-        "merge_method": "linear",
+        "merge_method": "task_arithmetic",
         "base_model": str(base),
         "models": [{"model": str(loras["plain"])}],
         "parameters": {"weight": 1},

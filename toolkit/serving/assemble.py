@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from toolkit.checkpoints.locate import locate
+from toolkit.data.tokenizer import Tokenizer
 from toolkit.errors import MissingError, Problem, SpecError
 from toolkit.kernels.impl import Impl
 from toolkit.routing.embedding import HiddenStates

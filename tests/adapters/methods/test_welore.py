@@ -107,7 +107,7 @@ def test_planted_ranks_are_found_and_the_rest_is_neither_changed_nor_trained():
             flat = nn.init.orthogonal_(torch.empty(out, inputs))
             module.weight.data = low if key.endswith(("up_proj", "o_proj")) else flat
     plain = logits(model)
-    adapted = attach(model, "welore", reduction=0.2, min_ratio=0.5)
+    adapted = attach(model, "welore", reduction=0.3125, min_ratio=0.5)
     ranks = adapted.peft_config["default"].ranks
     assert ranks == {
         f"model.layers.{i}.{name}": 3 for i in range(LAYERS) for name in ("self_attn.o_proj", "mlp.up_proj")

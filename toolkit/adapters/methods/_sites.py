@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _find_minimal_target_modules, _maybe_include_all_linear_layers
-from torch import nn
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _find_minimal_target_modules,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
@@ -43,7 +49,7 @@ class Sites:
         self.model_config = getattr(model, "config", None)
         self.placed: defaultdict[tuple[Any, ...], list[AdapterLayer]] = defaultdict(list)
         if config.target_modules == "all-linear":
-            name_linears(config, model)
+            _name_linears(config, model)
         self.counts = Counter(
             _kind(key, module)
             for key, module in model.named_modules()
@@ -58,7 +64,19 @@ class Sites:
         return Site(key, layer, len(before) - 1, self.counts[kind], before[0], self.model_config)
 
 
-def name_linears(config: Any, model: nn.Module) -> None:
+def target_weights(config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of the linears that a configuration names, `[out, in]` float32, without adapters."""
+    if config.target_modules == "all-linear":
+        _name_linears(config, model)
+    for key, module in model.named_modules():
+        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(base, nn.Linear | Conv1D) and check_target_module_exists(config, key):
+            transposed = isinstance(base, Conv1D) and module is base
+            weight = getattr(module, "base_weight", base.weight.detach().float())  # another adapter may be merged
+            yield key, weight.T if transposed else weight
+
+
+def _name_linears(config: Any, model: nn.Module) -> None:
     """Write the shortest ends of names that say the same as `all-linear`.
 
     PEFT does so itself, later and for large models alone; whole names would hide `layers_to_transform` from it.

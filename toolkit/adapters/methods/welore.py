@@ -11,20 +11,21 @@ arXiv:2407.11239.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import floor
-from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
-from toolkit.adapters.methods._base import AdapterConfig, AdapterLayer, Site, register
+from toolkit.adapters.methods._base import AdapterConfig, Site, register
 from toolkit.adapters.methods._replace import ReplacedLinear
-from toolkit.adapters.methods._sites import name_linears
+from toolkit.adapters.methods._sites import target_weights
+
+
+_FLAT = 1e-4
+"""Spread of singular values, relative to the largest, that is rounding."""
 
 
 @dataclass
@@ -54,9 +55,7 @@ class WeloreConfig(AdapterConfig):
         """Find the ranks."""
         if self.ranks:
             return
-        if self.target_modules == "all-linear":
-            name_linears(self, model)
-        weights = dict(_weights(self, model))
+        weights = dict(target_weights(self, model))
         values = {key: normalised(torch.linalg.svdvals(weight)) for key, weight in weights.items()}
         tau = self.tau if self.tau is not None else threshold(list(values.values()), self.reduction)
         ranks = {key: rank_of(s, weights[key].shape, tau, self.min_ratio) for key, s in values.items()}
@@ -65,19 +64,10 @@ class WeloreConfig(AdapterConfig):
             raise ValueError("no matrix becomes low-rank; raise reduction or lower min_ratio")
 
 
-def _weights(config: WeloreConfig, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the matrices that a configuration names, `[out, in]` float32."""
-    for key, module in model.named_modules():
-        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(base, nn.Linear | Conv1D) and check_target_module_exists(config, key):
-            weight = module.base_weight if isinstance(module, AdapterLayer) else base.weight.detach().float()
-            yield key, weight.T if isinstance(base, Conv1D) and module is base else weight
-
-
 def normalised(values: Tensor) -> Tensor:
-    """Map singular values to [0, 1]; where all are the same none is smaller than the others, so all become 1."""
+    """Map singular values to [0, 1]; where all are the same, to rounding, none is smaller than the others: all are 1."""
     low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else torch.ones_like(values)
+    return (values - low) / (high - low) if high - low > _FLAT * high else torch.ones_like(values)
 
 
 def threshold(values: list[Tensor], reduction: float) -> float:
