@@ -157,12 +157,12 @@ def _mapped(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return values
 
 
-def _copied(writes: list[Write], ready: torch.cuda.Event | None) -> list[Write]:
+def _copied(writes: list[Write], ready: Any) -> list[Write]:
     """Copy all tensors to host memory, on a GPU once what they wait for is done."""
     with torch.cuda.stream(torch.cuda.Stream()) if ready is not None else nullcontext():
         if ready is not None:
             torch.cuda.current_stream().wait_event(ready)
-        return [(w, _mapped(values, lambda t: t.to("cpu", copy=True)), *rest) for w, values, *rest in writes]
+        return [(w, _mapped(values, lambda t: t.to("cpu", copy=True)), *rest) for w, values, *rest in writes]  # pyright: ignore[reportReturnType]
 
 
 def _written(copied: Future[list[Write]], place: Path, limit: int) -> None:
