@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -185,6 +186,30 @@ def test_memory_falls_with_the_chunk_and_logits_are_never_whole():
     assert found[0] == pytest.approx(checkpointed, rel=0.1), "one chunk is ordinary checkpointing"
     assert base > checkpointed > found[1] > found[2]
     assert found[2] < logits < checkpointed
+
+
+@pytest.mark.system("streambp")
+def test_a_longer_sequence_fits_than_with_gradient_checkpointing():
+    """Under a cap on what is allocated during a step, lengths doubled until one no longer fits."""
+    torch.manual_seed(0)
+    model = tiny.llama(vocab_size=8192, intermediate_size=192, max_position_embeddings=1 << 14).train()
+    cap, longest = 64 << 20, {}
+    for name in ("checkpointing", "streambp"):
+        for length in (256, 512, 1024, 2048, 4096):
+            ids = torch.randint(0, 8192, (1, length))
+            inputs = {"input_ids": ids, "labels": ids}
+            around = streamed(model, 256) if name == "streambp" else nullcontext()
+            if name == "checkpointing":
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            model.zero_grad()
+            with around:
+                losses = partial(token_losses, model, inputs, 128) if name == "streambp" else partial(plain, model, inputs)
+                peak = peak_bytes(lambda losses=losses: gradients(model, losses()))
+            model.activation_checkpointing_disable()
+            if peak > cap:
+                break
+            longest[name] = length
+    assert longest["streambp"] >= 4 * longest["checkpointing"]
 
 
 @pytest.mark.system("streambp")

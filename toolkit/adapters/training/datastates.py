@@ -2,7 +2,7 @@
 
 Tensors do not change between two optimizer steps. So they are copied to host memory in the background during the next
 forward and backward pass, which the step after waits for, and written from the copy during the steps after that. The
-files are those of an ordinary checkpoint, to the byte. A checkpoint gets its name when it is whole; there is one copy at
+files are those of an ordinary checkpoint, to the byte. A checkpoint gets its name when whole; there is one copy at
 most, and a checkpoint that comes before the last one is written waits for it.
 """
 
