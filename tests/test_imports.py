@@ -36,7 +36,7 @@ ONLY_IN = {
     "datasets": ["data/formats.py"],
     "pyarrow": ["data/formats.py"],
     "cmaes": ["jobs/search/methods.py", "merge/learning/evolve.py"],
-    "scipy": ["merge/align/", "routing/"],
+    "scipy": ["adapters/methods/lq_lora.py", "merge/align/", "routing/"],
     "peft": ["adapters/"],
     "triton": ["kernels/"],
     "accelerate": ["adapters/"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def wanted_ranks(model: nn.Module, tau: float = TAU) -> dict[str, int]:
 
 
 FIELDS = {"tau": TAU, "min_ratio": 0.0}
-_MODEL = tiny.llama()
+_MODEL: Any = tiny.llama()
 COUNT = sum(r * sum(_MODEL.get_submodule(key).weight.shape) for key, r in wanted_ranks(_MODEL).items())
 EXAMPLE = Example(FIELDS, COUNT, starts_at_base=False, is_lora=False)
 
@@ -39,7 +41,7 @@ def layers(model: nn.Module) -> dict[str, WeloreLinear]:
 @pytest.mark.system("welore")
 @pytest.mark.parametrize("make", [tiny.llama, gpt2])
 def test_error_is_the_root_of_what_is_dropped(make):
-    model = attach(make(), "welore", **FIELDS)
+    model: Any = attach(make(), "welore", **FIELDS)
     found = layers(model)
     assert any(layer.replaces("default") for layer in found.values())
     for key, layer in found.items():
@@ -59,7 +61,7 @@ def test_error_is_the_root_of_what_is_dropped(make):
 
 @pytest.mark.system("welore")
 def test_ranks_are_those_of_the_rule():
-    model = attach(tiny.llama(), "welore", **FIELDS)
+    model: Any = attach(tiny.llama(), "welore", **FIELDS)
     assert model.peft_config["default"].ranks == wanted_ranks(tiny.llama())
     assert len(layers(model)) == LAYERS * 7
 
@@ -98,7 +100,7 @@ def test_threshold_drops_the_wanted_share(reduction):
 
 @pytest.mark.system("welore")
 def test_planted_ranks_are_found_and_the_rest_is_neither_changed_nor_trained():
-    model = tiny.llama()
+    model: Any = tiny.llama()
     torch.manual_seed(0)
     for key, module in model.named_modules():
         if key.endswith("_proj"):
@@ -107,7 +109,7 @@ def test_planted_ranks_are_found_and_the_rest_is_neither_changed_nor_trained():
             flat = nn.init.orthogonal_(torch.empty(out, inputs))
             module.weight.data = low if key.endswith(("up_proj", "o_proj")) else flat
     plain = logits(model)
-    adapted = attach(model, "welore", reduction=0.3125, min_ratio=0.5)
+    adapted: Any = attach(model, "welore", reduction=0.3125, min_ratio=0.5)
     ranks = adapted.peft_config["default"].ranks
     assert ranks == {
         f"model.layers.{i}.{name}": 3 for i in range(LAYERS) for name in ("self_attn.o_proj", "mlp.up_proj")

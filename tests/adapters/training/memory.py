@@ -23,4 +23,5 @@ def _course(run: Callable[[], object]) -> list[int]:
         result = run()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore[reportOptionalMemberAccess]
     del result
-    return list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # pyright: ignore[reportAttributeAccessIssue]
+    return list(accumulate(changes))

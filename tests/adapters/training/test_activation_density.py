@@ -30,6 +30,7 @@ def test_penalty_tends_to_the_share_that_is_not_zero():
     assert float(penalty([a], 0.3)) == pytest.approx(float((a**2 / (a**2 + 0.3)).mean()), rel=1e-6)
     zero = torch.zeros(3, requires_grad=True)
     penalty([zero], 1e-7).backward()
+    assert zero.grad is not None
     assert torch.equal(zero.grad, torch.zeros(3)), "where nothing is active nothing is pushed"
 
 

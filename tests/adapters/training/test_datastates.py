@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from toolkit.data.rows import write_rows
 from toolkit.errors import SpecError
 
 
-def spec_of(base, tmp_path, method="lora", methods="datastates", **training) -> dict:
+def spec_of(base, tmp_path, method="lora", methods: Any = "datastates", **training) -> dict:
     rows = [{"prompt": f"{i} ", "completion": "abc" * (1 + i % 3)} for i in range(16)]
     if not (tmp_path / "a.jsonl").exists():
         write_rows(tmp_path / "a.jsonl", rows)
@@ -81,13 +82,19 @@ def test_steps_wait_for_the_copy_but_not_for_the_disk(base, tmp_path, monkeypatc
     monkeypatch.setattr(datastates, "_written", write)
     monkeypatch.setattr(AdapterTrainer, "training_step", step)
     monkeypatch.setattr(torch.optim.AdamW, "step", optimize)
-    train(spec_of(base, tmp_path, max_steps=5), tmp_path / "out", quiet=True)
+    spec = spec_of(base, tmp_path, max_steps=5, save_total_limit=5)
+    made = train(spec, tmp_path / "out", quiet=True).path
     third = events.index("optimized", events.index("computed 2"))
     assert events.index("computed 2") < events.index("copied") < third
     assert events.index("written") > events.index("computed 3")
     second = events.index("copied", events.index("copied") + 1)
     assert second > events.index("written"), "at most one copy is held"
     assert events.count("written") == 3, "of steps 2, 4 and the last"
+    spec["training"]["methods"] = ()
+    plain = train(spec, tmp_path / "plain", quiet=True).path
+    for name in ("adapter_model.safetensors", "optimizer.pt", "trained.pt", "rng_state.pth"):
+        a, b = (folder / "checkpoints" / "checkpoint-2" / name for folder in (made, plain))
+        assert a.read_bytes() == b.read_bytes(), "although steps were taken before it was written"
 
 
 KILLED = """

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from toolkit.adapters.loop import AdapterTrainer
 from toolkit.adapters.train import train
@@ -78,8 +79,17 @@ def test_all_layers_at_once_is_full_training_and_a_resumed_run_the_same(base, tm
     assert (again / "model.safetensors").read_bytes() == (done / "model.safetensors").read_bytes()
 
 
+def test_layers_that_the_spec_leaves_out_are_never_drawn(base, tmp_path):
+    spec = spec_of(base, tmp_path, {"method": "layer_sampling", "layers": 1, "every": 1})
+    spec["adapter"] = {"method": "full", "layers": [0, 2]}
+    folder = train(spec, tmp_path / "out", quiet=True).path
+    before, after = (load_file(place / "model.safetensors") for place in (base, folder))
+    moved = {layer_of(name) for name, value in before.items() if not torch.equal(after[name], value)}
+    assert moved == {("model.layers", 0), ("model.layers", 2)}
+
+
 def test_adapters_are_refused(base, tmp_path):
-    spec = spec_of(base, tmp_path, "layer_sampling") | {"adapter": "lora"}
+    spec = spec_of(base, tmp_path, "layer_sampling")
     spec["adapter"] = {"method": "lora"}
     with pytest.raises(SpecError, match="layer_sampling trains the model's own layers; expected full"):
         train(spec, tmp_path / "out", quiet=True)

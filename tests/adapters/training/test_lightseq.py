@@ -11,7 +11,7 @@ from tests.adapters.training.memory import held_bytes
 from toolkit.adapters.train import train
 from toolkit.adapters.training.lightseq import attention_kept
 from toolkit.data.rows import write_rows
-from toolkit.errors import UnsupportedError
+from toolkit.errors import SpecError, UnsupportedError
 
 
 class Kernels(TorchDispatchMode):
@@ -87,3 +87,9 @@ def test_eager_attention_is_refused():
     model.set_attn_implementation("eager")
     with pytest.raises(UnsupportedError, match="lightseq needs a decoder of transformers with sdpa attention"):
         attention_kept(model).__enter__()
+
+
+def test_two_ways_to_keep_less_are_refused(base, tmp_path):
+    spec = {"base": str(base), "data": {"train": "a"}, "training": {"methods": ["streambp", "lightseq"]}}
+    with pytest.raises(SpecError, match=r"methods\[1\]: streambp keeps less than lightseq already"):
+        train(spec, tmp_path / "out", quiet=True)

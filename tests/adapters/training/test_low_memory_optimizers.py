@@ -256,6 +256,7 @@ def test_a_planted_rank_one_regression_is_learned_as_by_adamw(normalised):
         p = nn.Parameter(start.clone())
         settings = {"rank": 2, "gap": 10, "normalised": normalised} if low else {}
         optimizer = LeanAdamW([p], 0.1, **settings)
+        loss = torch.zeros(())
         for step in range(1200):
             optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 1200)
             p.grad = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,12 @@ from toolkit.adapters.training.streambp import METHODS, streamed, token_losses
 from toolkit.data.rows import write_rows
 from toolkit.errors import SpecError, UnsupportedError
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "vocab_size": 90, "max_position_embeddings": 128, "pad_token_id": None}
 SIZES |= {"bos_token_id": None, "eos_token_id": None}
 
 
-def model_of(kind: str = "llama", attention: str = "sdpa"):
+def model_of(kind: str = "llama", attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
     if kind == "qwen":  # biases, tied embeddings
         model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True))
@@ -108,7 +109,7 @@ def test_layers_are_exact_to_float64():
 @pytest.mark.system("streambp")
 def test_lora_gets_the_same_and_frozen_weights_none():
     config = LoraConfig(r=3, target_modules=["q_proj", "v_proj", "down_proj", "lm_head"], init_lora_weights=False)
-    model = get_peft_model(model_of(), config).double().train()
+    model: Any = get_peft_model(model_of(), config).double().train()
     assert_same(model, batch("padded"), chunk=5, logits_chunk=6)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
@@ -118,7 +119,8 @@ def test_dropout_is_drawn_again_as_it_was():
     """The gradient of a step with dropout is the slope of its loss, measured by differences with the same seed."""
     torch.manual_seed(3)
     config = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.4, init_lora_weights=False)
-    model, inputs = get_peft_model(model_of(), config).double().train(), batch()
+    model: Any = get_peft_model(model_of(), config).double().train()
+    inputs = batch()
     target = model.base_model.model.model.layers[0].self_attn.k_proj.lora_A["default"].weight
     direction, weights = torch.randn_like(target), torch.randn(2, 23, 32, dtype=torch.float64)
 
@@ -148,16 +150,20 @@ def test_dropout_is_drawn_again_as_it_was():
 @pytest.mark.system("streambp")
 def test_bfloat16_casts_as_in_the_forward_pass():
     model, inputs = model_of().float(), batch("padded")
-    found = []
+    found, kinds = [], set()
+    down = model.model.layers[0].mlp.down_proj
+    down.register_forward_hook(lambda module, given, out: kinds.add(out.dtype))
     for stream in (False, True):
         model.zero_grad()
         with streamed(model, 5) if stream else nullcontext():
+            kinds.clear()  # of the look at the head
             with torch.autocast("cpu", torch.bfloat16):
                 losses = token_losses(model, inputs, 4) if stream else plain(model, inputs)
             found.append(gradients(model, losses))
     for name, value in found[0].items():
         error = (found[1][name] - value).norm() / value.norm()
         assert error < 0.02, (name, error)
+    assert kinds == {torch.bfloat16}, "in the passes of the backward pass too"
 
 
 @pytest.mark.system("streambp")
@@ -203,13 +209,15 @@ def test_a_longer_sequence_fits_than_with_gradient_checkpointing():
                 model.activation_checkpointing_enable({"use_reentrant": False})
             model.zero_grad()
             with around:
-                losses = partial(token_losses, model, inputs, 128) if name == "streambp" else partial(plain, model, inputs)
+                losses = (
+                    partial(token_losses, model, inputs, 128) if name == "streambp" else partial(plain, model, inputs)
+                )
                 peak = peak_bytes(lambda losses=losses: gradients(model, losses()))
             model.activation_checkpointing_disable()
             if peak > cap:
                 break
             longest[name] = length
-    assert longest["streambp"] >= 4 * longest["checkpointing"]
+    assert longest["streambp"] >= 8 * longest["checkpointing"]
 
 
 @pytest.mark.system("streambp")

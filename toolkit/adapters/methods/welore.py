@@ -23,7 +23,6 @@ from toolkit.adapters.methods._base import AdapterConfig, Site, register
 from toolkit.adapters.methods._replace import ReplacedLinear
 from toolkit.adapters.methods._sites import target_weights
 
-
 _FLAT = 1e-4
 """Spread of singular values, relative to the largest, that is rounding."""
 
@@ -65,7 +64,7 @@ class WeloreConfig(AdapterConfig):
 
 
 def normalised(values: Tensor) -> Tensor:
-    """Map singular values to [0, 1]; where all are the same, to rounding, none is smaller than the others: all are 1."""
+    """Map singular values to [0, 1]; where all are the same, to rounding, none is small, and all become 1."""
     low, high = values.min(), values.max()
     return (values - low) / (high - low) if high - low > _FLAT * high else torch.ones_like(values)
 

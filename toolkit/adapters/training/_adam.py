@@ -158,7 +158,7 @@ def _move(x: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, A
 
 
 def _step_normalised(p: Tensor, gradient: Tensor, decay: float, group: dict[str, Any], state: dict[str, Any]) -> None:
-    """Take a step in the magnitudes and the directions of rows, `p = magnitude * v / |v|`; `v` is not kept, but `|v|`."""
+    """Take a step in the magnitudes and the directions of rows, `magnitude * v / |v|`; of `v` only `|v|` is kept."""
     magnitude, length = state["magnitude"], state["length"]
     unit = nn.functional.normalize(p.to(gradient.dtype), dim=1, eps=_FLOOR) * magnitude.sign()[:, None]
     of_magnitude, of_direction = normalised_gradients(gradient, unit, magnitude, length)

@@ -1,7 +1,7 @@
 """Numbers of 8 bits: block-wise dynamic quantisation (2110.02861).
 
-Every block of entries is divided by the largest magnitude in it, and each of them becomes the nearest of 256 values that
-are dense near zero and near the largest. The signed values have +1 but not -1: the lowest is -0.993, so that a block
+Every block of entries is divided by the largest magnitude in it, and each of them becomes the nearest of 256 values,
+which lie the denser the nearer to zero. The signed values have +1 but not -1: the lowest is -0.993, so that a block
 whose largest magnitude is a negative entry loses 0.7% of it in every round trip.
 """
 

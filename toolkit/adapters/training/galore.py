@@ -21,7 +21,8 @@ class Galore(LeanMethod):
         """Parameters.
 
         Attributes:
-            rank: of the projection; matrices of no larger side, embeddings, the head and vectors are trained as they are.
+            rank: of the projection. Matrices with no larger side, embeddings, the head and vectors are trained as they
+                are.
             gap: steps from one projection to the next.
             scale: of what comes back from the projection.
         """

@@ -1,9 +1,9 @@
 """GradNormLoRP (2412.19616): weights normalised by rows, and low-rank moments of the directions' gradients.
 
 Each row of a matrix is `m v / |v|`. The gradient of the magnitude `m` is that of the row along its direction; the one
-of `v` is tangent, `(m / |v|) (g - u (g . u))` with `u = v / |v|`, and is projected as GaLore does. What comes back moves
-`v`, which need not be kept beside the matrix: its length is enough. Matrices with a row of zeros, such as LoRA's B at
-its start, have no directions and are trained as they are.
+of `v` is tangent, `(m / |v|) (g - u (g . u))` with `u = v / |v|`, and is projected as GaLore does. What comes back
+moves `v`, which need not be kept beside the matrix: its length is enough. Matrices with a row of zeros, such as LoRA's
+B at its start, have no directions and are trained as they are.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class LayerSampling(TrainingMethod):
 
     def __init__(self, params: Params, spec: TrainSpec) -> None:
         super().__init__(params, spec)
-        self.last: dict[str, int] = {}
+        self.layers: list[list[nn.Parameter]] = []
 
     def faults(self) -> Iterator[Problem]:
         """Refuse what trains no layers of the model's own, or shards them."""
@@ -54,18 +54,17 @@ class LayerSampling(TrainingMethod):
 
     @contextmanager
     def around(self, trainer: AdapterTrainer) -> Iterator[None]:
-        """Give all layers back as they were."""
-        trained = {p: p.requires_grad for p in trainer.unwrapped().parameters()}
-        self.last = {}
+        """Find the layers that the spec trains; all are trained again at the end."""
+        self.layers = _trained_layers(trainer.unwrapped())
         try:
             yield
         finally:
-            for p, was in trained.items():
-                p.requires_grad_(was)
+            for p in (p for layer in self.layers for p in layer):
+                p.requires_grad_(True)
 
     def begin_step(self, trainer: AdapterTrainer, batches: Sequence[Mapping[str, Any]]) -> None:
         """Switch the layers of the step on, and others off."""
-        layers = self._layers(trainer.unwrapped())
+        layers = self.layers
         chosen = drawn(
             len(layers), self.params.layers, trainer.args.seed, trainer.state.global_step // self.params.every
         )
@@ -77,14 +76,15 @@ class LayerSampling(TrainingMethod):
                     p.grad = None
                     state.pop(p, None)
 
-    def _layers(self, model: nn.Module) -> list[list[nn.Parameter]]:
-        """Return the parameters of every layer that the spec trains."""
-        found: dict[tuple[str, int], list[nn.Parameter]] = {}
-        for name, p in model.named_parameters():
-            place = layer_of(name)
-            if place is not None:
-                found.setdefault(place, []).append(p)
-        return list(found.values())
+
+def _trained_layers(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the parameters of every layer that is trained."""
+    found: dict[tuple[str, int], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        place = layer_of(name)
+        if place is not None and p.requires_grad:
+            found.setdefault(place, []).append(p)
+    return list(found.values())
 
 
 def drawn(count: int, chosen: int, seed: int, period: int) -> set[int]:

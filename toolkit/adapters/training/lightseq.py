@@ -1,9 +1,9 @@
 """LightSeq's placement of checkpoints (2310.03294): at the output of attention, which then never runs twice.
 
-Activations are computed again in the backward pass as with `gradient_checkpointing`, but for the output of the attention
-kernel and the logarithms of its sums, which are all that its backward pass needs of it besides queries, keys and
-values. That costs a hidden state and one number per head more for every layer and token, and saves a forward pass of
-attention, which at long sequences is most of the work.
+Activations are computed again in the backward pass as with `gradient_checkpointing`, but for the output of the
+attention kernel and the logarithms of its sums, which are all that its backward pass needs of it besides queries, keys
+and values. That costs a hidden state and one number per head more for every layer and token, and saves a forward pass
+of attention, which at long sequences is most of the work.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from toolkit.adapters.training._base import TrainingMethod
+from toolkit.adapters.training._layers import decoder_layers, run_by
 from toolkit.errors import Problem, UnsupportedError
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class Lightseq(TrainingMethod):
         """Refuse two ways to compute activations again."""
         if self.spec.training.gradient_checkpointing:
             yield Problem("training.gradient_checkpointing", "lightseq places checkpoints itself; set it to false")
+        if any(chosen.method == "streambp" for chosen in self.spec.training.methods):
+            yield Problem(self.where, "streambp keeps less than lightseq already; leave one of them out")
 
     @contextmanager
     def around(self, trainer: AdapterTrainer) -> Iterator[None]:
@@ -54,19 +56,13 @@ def attention_kept(model: Any) -> Iterator[None]:
     Raises:
         UnsupportedError: its attention is not torch's.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     if not layers or model.config.get_text_config()._attn_implementation != "sdpa":
         raise UnsupportedError("lightseq needs a decoder of transformers with sdpa attention; leave it out")
     contexts = partial(create_selective_checkpoint_contexts, _policy)
     function = partial(checkpoint, use_reentrant=False, context_fn=contexts)
-    before = [(layer.gradient_checkpointing, vars(layer).get("_gradient_checkpointing_func")) for layer in layers]
-    for layer in layers:
-        vars(layer).update(gradient_checkpointing=True, _gradient_checkpointing_func=function)
-    try:
+    with run_by(layers, [function] * len(layers)):
         yield
-    finally:
-        for layer, (on, own) in zip(layers, before, strict=True):
-            vars(layer).update(gradient_checkpointing=on, _gradient_checkpointing_func=own)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -18,11 +18,11 @@ from peft import PeftModel
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from toolkit.adapters.catalogue import FULL
 from toolkit.adapters.spec import TrainSpec
 from toolkit.adapters.training._base import TrainingMethod
+from toolkit.adapters.training._layers import decoder_layers
 from toolkit.adapters.training._tokens import count_real, real
 from toolkit.errors import Problem, UnsupportedError
 from toolkit.models.load import load_model
@@ -96,7 +96,7 @@ class Squarehead(TrainingMethod):
     def _teacher(self, model: Any) -> Any:
         if self.params.teacher is not None:
             loaded = load_model(self.params.teacher, dtype=model.dtype, device=model.device).model
-            sizes = [(len(_layers(m)), m.config.get_text_config().hidden_size) for m in (model, loaded)]
+            sizes = [(len(decoder_layers(m)), m.config.get_text_config().hidden_size) for m in (model, loaded)]
             if sizes[0] != sizes[1]:
                 raise UnsupportedError(
                     f"squarehead: the teacher has other layers than the student: {sizes[1]}, {sizes[0]}"
@@ -132,9 +132,9 @@ class Squarehead(TrainingMethod):
     def _taught(self, inputs: dict[str, Any]) -> list[Tensor]:
         """Run the teacher; PEFT forgets which parameters are trained where an adapter is switched off."""
         trained = {p: p.requires_grad for p in self.teacher.parameters()}
-        with torch.no_grad(), evaluating(self.teacher), getattr(self.teacher, "disable_adapter", nullcontext)():
-            with states(self.teacher) as found:
-                self.teacher(**inputs, use_cache=False)
+        alone = getattr(self.teacher, "disable_adapter", nullcontext)
+        with torch.no_grad(), evaluating(self.teacher), alone(), states(self.teacher) as found:
+            self.teacher(**inputs, use_cache=False)
         for parameter, is_trained in trained.items():
             parameter.requires_grad_(is_trained)
         return found
@@ -165,16 +165,12 @@ def states(model: Any) -> Iterator[list[Tensor]]:
     def note(module: nn.Module, given: Any, out: Any) -> None:
         found.append(out if isinstance(out, Tensor) else out[0])
 
-    handles = [module.register_forward_hook(note) for module in (*_layers(model), model.get_output_embeddings())]
+    handles = [module.register_forward_hook(note) for module in (*decoder_layers(model), model.get_output_embeddings())]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def squarehead(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from toolkit.adapters import processes
 from toolkit.adapters.catalogue import FULL
 from toolkit.adapters.training._base import TrainingMethod
 from toolkit.adapters.training._chunks import HeadRun, LayerRun, StreamedLayer, StreamedLoss, Surroundings
+from toolkit.adapters.training._layers import decoder_layers, run_by
 from toolkit.errors import Problem, UnsupportedError
 from toolkit.models.modes import evaluating
 
@@ -82,19 +82,13 @@ def streamed(model: Any, chunk: int) -> Iterator[None]:
     Raises:
         UnsupportedError: its attention is not torch's, or its logits are not what its head puts out.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     attention = model.config.get_text_config()._attn_implementation
     if not layers or attention not in ("sdpa", "eager"):
         raise UnsupportedError("streambp needs a decoder of transformers with sdpa or eager attention; leave it out")
     _check_head(model)
-    before = [(layer.gradient_checkpointing, vars(layer).get("_gradient_checkpointing_func")) for layer in layers]
-    for layer in layers:
-        vars(layer).update(gradient_checkpointing=True, _gradient_checkpointing_func=partial(_run, layer, chunk))
-    try:
+    with run_by(layers, [partial(_run, layer, chunk) for layer in layers]):
         yield
-    finally:
-        for layer, (on, function) in zip(layers, before, strict=True):
-            vars(layer).update(gradient_checkpointing=on, _gradient_checkpointing_func=function)
 
 
 def _run(layer: nn.Module, chunk: int, forward: partial[Any], hidden: Tensor, *others: Any) -> Tensor:
