@@ -206,7 +206,7 @@ class Client:
 
     async def too_late(self) -> None:
         """Allow no time: the one failure that is asked for."""
-        await self.ask("/v1/completions", body_of(("base", "x", 90), timeout=1e-6), 500)
+        await self.ask("/v1/completions", body_of(("base", "x", 90), timeout=1e-6), 504)
 
     async def loads(self) -> None:
         """Put one of two versions into the client's own folder and load it."""

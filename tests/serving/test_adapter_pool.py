@@ -162,6 +162,18 @@ def test_an_adapter_whose_folder_has_changed_is_an_error_and_others_go_on(base, 
         engine.check()
 
 
+def test_names_of_equal_contents_do_not_depend_on_the_folder_of_another(base, loras, tmp_path):
+    """Two folders with the same bytes are one content; it is read from the one that still has it."""
+    folder = shutil.copytree(loras["plain"], tmp_path / "x")
+    with Engine(str(base), {"x": folder, "y": loras["plain"]}) as engine:
+        shutil.copytree(loras["wide"], folder, dirs_exist_ok=True)
+        expected = tiny.greedy(tiny.load_merged(base, loras["plain"]), [1, 2], ENOUGH)
+        assert engine.generate([[1, 2]], "y", GREEDY)[0].tokens == expected
+        engine.adapters.remove("x")
+        assert engine.generate([[1, 2]], "y", GREEDY)[0].tokens == expected
+        engine.check()
+
+
 def test_an_adapter_is_read_while_others_are_answered(base, loras, monkeypatch):
     """A slow disk holds up the requests for its adapter, and nobody else."""
     gate = threading.Event()

@@ -328,7 +328,6 @@ def test_fields_that_ask_for_nothing_are_taken(http):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}),
         ("tool_choice", "required"),
         ("store", True),
         ("service_tier", "flex"),

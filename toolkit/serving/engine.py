@@ -296,7 +296,7 @@ class Engine:
         for ticket in over:
             if ticket in self._unrouted:
                 self._unrouted.remove(ticket)
-            self._end(ticket, "error", "the time that the request allowed is over")
+            self._end(ticket, "error", "the time that the request allowed is over", timed_out=True)
 
     def _fail_unreadable(self) -> None:
         """End the requests whose adapters could not be read."""
@@ -378,6 +378,7 @@ class Engine:
         error: str = "",
         new: str = "",
         score: TokenLogprob | None = None,
+        timed_out: bool = False,
     ) -> None:
         request = ticket.request
         if reason in ("stop", "length") and not ticket.stream.stopped:
@@ -387,7 +388,7 @@ class Engine:
             self.adapters.abandon(request.mix)
         self.sampler.forget(request)
         self._tickets.pop(request, None)
-        self._tell(ticket, request.on_delta, Delta(new, len(request.output), reason, error, score))
+        self._tell(ticket, request.on_delta, Delta(new, len(request.output), reason, error, score, timed_out))
 
     def generate(
         self,

@@ -138,6 +138,7 @@ class Delta:
         num_tokens: generated so far.
         finished: why the answer ended, or `None`.
         error: what went wrong, when `finished` is `error`.
+        timed_out: it went wrong because the request's time was over.
         logprob: of the token that was added, where the request asks for it.
     """
 
@@ -146,6 +147,7 @@ class Delta:
     finished: FinishReason | None = None
     error: str = ""
     logprob: TokenLogprob | None = None
+    timed_out: bool = False
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from toolkit.errors import RequestError, UnsupportedError
+from toolkit.errors import RequestError, ToolkitError, UnsupportedError
 from toolkit.kernels.grouped_lora import PagedPairs, Pair, Segment
 from toolkit.kernels.grouped_lora.routes import Routes
 from toolkit.serving.adapters.contents import Contents, Prefix, Source
@@ -64,7 +64,7 @@ class _Entry:
     """What is known of one content.
 
     Attributes:
-        source: where it is read from.
+        sources: folders that hold it, by the name that they were registered under.
         pages: that it takes.
         users: requests that are answered with it, waiting or running.
         block: its pages while it is on the device.
@@ -72,7 +72,7 @@ class _Entry:
         prefix: on the device, likewise.
     """
 
-    source: Source
+    sources: dict[str, Source]
     pages: int
     users: int = 0
     block: Block | None = None
@@ -80,6 +80,25 @@ class _Entry:
     prefix: Prefix | None = None
     groups: list[LinearGroup] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
+
+    @property
+    def source(self) -> Source:
+        """What is the same of every folder that holds it."""
+        return next(iter(self.sources.values()))
+
+    def read(self) -> Contents:
+        """Read the contents, from whichever folder still has them.
+
+        Raises:
+            ToolkitError: none has.
+        """
+        *others, last = self.sources.values()
+        for source in others:
+            try:
+                return source.read()
+            except ToolkitError:
+                continue
+        return last.read()
 
 
 class AdapterPool:
@@ -149,13 +168,14 @@ class AdapterPool:
         check_name(name)
         found = opened or open_source(source, self.target, self.shared)
         if found.key not in self._entries:
-            self._entries[found.key] = _Entry(found, self._count_pages(found, str(source)))
+            self._entries[found.key] = _Entry({}, self._count_pages(found, str(source)))
         entry, old = self._entries[found.key], self.infos.get(name)
+        entry.sources[name] = found
         about = found.description, found.base, found.nbytes, entry.pages
         info = AdapterInfo(name, found.key, str(source), *about)
         self.infos = {**self.infos, name: info}  # other threads may be going through the old one
-        if old:
-            self._drop_unused(old.key)
+        if old and old.key != info.key:
+            self._disown(name, old.key)
         return info
 
     def remove(self, name: str) -> None:
@@ -168,7 +188,7 @@ class AdapterPool:
             raise RequestError(f"no adapter {name!r}", "model_not_found")
         key = self.infos[name].key
         self.infos = {other: info for other, info in self.infos.items() if other != name}
-        self._drop_unused(key)
+        self._disown(name, key)
 
     def mix(self, named: Named) -> Mix:
         """Return what a composition of names means now.
@@ -216,7 +236,8 @@ class AdapterPool:
         if len(found) == len(missing):
             return True
         if not any(key in self.loader.failures for key in missing):
-            self.loader.ask(missing, lambda key: self._entries[key].source.read())
+            entries = {key: self._entries[key] for key in missing}
+            self.loader.ask(missing, lambda key: entries[key].read())
         return False
 
     def pages(self, mix: Mix) -> int:
@@ -350,6 +371,13 @@ class AdapterPool:
         self._slots.append(entry.slot)
         entry.block, entry.slot, entry.prefix, entry.groups, entry.sites = None, -1, None, [], []
         self.num_evicted += 1
+
+    def _disown(self, name: str, key: str) -> None:
+        """Let go of contents that a name no longer stands for, and of the folder that it brought, if it has others."""
+        sources = self._entries[key].sources
+        if len(sources) > 1:
+            del sources[name]
+        self._drop_unused(key)
 
     def _drop_unused(self, key: str) -> None:
         entry = self._entries.get(key)

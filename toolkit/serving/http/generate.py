@@ -54,7 +54,7 @@ def _answers(path: str, whole: type[ResponseBody]) -> dict[int | str, dict[str, 
     """Return the documentation of what a route answers."""
     forms = streamed(path)
     forms[200]["model"] = whole
-    return forms | errors(404, *BODY_ERRORS)
+    return forms | errors(404, 504, *BODY_ERRORS)
 
 
 async def _whole(answers: Answers, request: Request) -> Response:

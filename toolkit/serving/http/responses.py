@@ -306,8 +306,9 @@ _REASONS = {
     409: "The adapter is in use.",
     413: "The body is larger than the server takes.",
     429: "The queue is full, or requests come too fast.",
-    500: "The server failed, or the time that the request allowed is over.",
+    500: "The server failed.",
     503: "No requests are taken just now.",
+    504: "The time that the request allowed is over.",
 }
 _HEADERS = {
     401: {"WWW-Authenticate": {"schema": {"type": "string"}, "description": "`Bearer`."}},
