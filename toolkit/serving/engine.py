@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import time
@@ -104,6 +105,8 @@ class Engine:
         self._tickets: dict[Request, Ticket] = {}
         self._unrouted: list[Ticket] = []
         self._ids = itertools.count(1)
+        # Going through all objects of a loaded model takes the garbage collector as long as several steps.
+        gc.freeze()
 
     @property
     def models(self) -> list[str]:
@@ -345,7 +348,9 @@ class Engine:
         if score is not None:
             score = replace(score, offset=ticket.stream.num_read)
             request.logprobs.append(score)
-        new = ticket.stream.push(request.output)
+        # What nobody reads as it comes is decoded once, at the end.
+        is_read = request.on_delta is not None or ticket.stream.stops or score is not None
+        new = ticket.stream.push(request.output) if is_read else ""
         if ticket.stream.stopped:
             self._end(ticket, "stop", new=new, score=score)
         elif request.num_tokens >= request.max_tokens:
@@ -381,8 +386,9 @@ class Engine:
         timed_out: bool = False,
     ) -> None:
         request = ticket.request
-        if reason in ("stop", "length") and not ticket.stream.stopped:
-            new += ticket.stream.finish(request.output)
+        if not ticket.stream.stopped:
+            read = ticket.stream.finish if reason in ("stop", "length") else ticket.stream.push
+            new += read(request.output)
         request.text, request.finished, request.error = ticket.stream.text, reason, error
         if self.scheduler.finish(request):
             self.adapters.abandon(request.mix)
@@ -473,6 +479,7 @@ class Engine:
 
     def close(self) -> None:
         """Give a model that came as an object back as it was."""
+        gc.unfreeze()
         if hasattr(self, "adapters"):
             self.adapters.close()
         remove_sites(self.model)

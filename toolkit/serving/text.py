@@ -32,8 +32,9 @@ class TextStream:
         self._held = ""
         self._begin = self._read = 0
         self._before = list(prompt[-CONTEXT:])
-        if self._text_of(self._before).endswith("\ufffd"):
-            self._before = []  # the answer may complete the prompt's last character, which is not the answer's
+        self._known = self._text_of(self._before)
+        if self._known.endswith("\ufffd"):
+            self._before, self._known = [], ""  # the answer may complete the character, which is not the answer's
 
     def push(self, ids: Sequence[int]) -> str:
         """Take all ids so far; return the text that is certain now and was not before."""
@@ -45,13 +46,14 @@ class TextStream:
 
     def _decode(self, ids: Sequence[int], *, final: bool) -> str:
         # The ids before `_read` are decoded again as context: what a token reads as can depend on the one before.
-        known = self._text_of([*self._before, *ids[self._begin : self._read]])
         text = self._text_of([*self._before, *ids[self._begin :]])
-        if not final and (len(text) <= len(known) or text.endswith("\ufffd")):
+        if not final and (len(text) <= len(self._known) or text.endswith("\ufffd")):
             return ""  # nothing that shows, or a character of which more bytes are to come
+        new = text[len(self._known) :]
         self._begin, self._read, self._before = self._read, len(ids), []
-        self.num_read += len(text) - len(known)
-        return text[len(known) :]
+        self._known = self._text_of(ids[self._begin :])
+        self.num_read += len(new)
+        return new
 
     def _text_of(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)

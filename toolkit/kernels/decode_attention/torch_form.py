@@ -11,7 +11,7 @@ import torch
 from toolkit.kernels.decode_attention.api import SharedPrefix
 from toolkit.kernels.decode_attention.caches import Cache
 from toolkit.kernels.decode_attention.plan import Span, list_spans
-from toolkit.kernels.dense import dense_attention
+from toolkit.kernels.dense import Mask, dense_attention
 from toolkit.kernels.merge_states.reference import merge_states
 from toolkit.kernels.scoring import Scoring
 
@@ -57,7 +57,7 @@ def _one_span_each(
     out_SHD = torch.empty_like(q_SHD)
     lse_SH = torch.empty(q_SHD.shape[:2], device=q_SHD.device)
     for spans in groups:
-        rows = _places(spans, cache.page, tables.shape[1], q_SHD.device).rows
+        rows = _places(spans, cache.page, tables.shape[1], q_SHD.device, q_SHD.dtype).rows
         out, lse_SH[rows] = _padded(q_SHD[rows], cache, spans, tables, scoring)
         out_SHD[rows] = out.to(q_SHD.dtype)
     return out_SHD, lse_SH
@@ -86,43 +86,41 @@ class Places:
     Attributes:
         rows: `[S]`, sequence of each span.
         columns: `[S, pages]`, of its block table.
-        seen: `[S, 1, 1, L]`, which tokens of those pages belong to it.
-        unseen: `[S, L, 1, 1]`, which do not; `None` if all do.
+        mask: which tokens of those pages belong to it, `[S, 1, 1, L]`.
+        unseen: places in `[S * L]` of those that do not.
     """
 
     rows: torch.Tensor
     columns: torch.Tensor
-    seen: torch.Tensor
-    unseen: torch.Tensor | None
+    mask: Mask
+    unseen: torch.Tensor
 
 
 @lru_cache(maxsize=16)
-def _places(spans: Spans, page: int, width: int, device: torch.device) -> Places:
+def _places(spans: Spans, page: int, width: int, device: torch.device, dtype: torch.dtype) -> Places:
     first = torch.tensor([span.first for span in spans], device=device)[:, None]
     stop = torch.tensor([span.stop for span in spans], device=device)[:, None]
     most = max(-(-span.stop // page) - span.first // page for span in spans)
     columns = (first // page + torch.arange(most, device=device)).clamp_(max=width - 1)
     token = (first // page * page) + torch.arange(most * page, device=device)
     seen_SL = (token >= first) & (token < stop)
-    unseen = None if bool(seen_SL.all()) else ~seen_SL[:, :, None, None]
     rows = torch.tensor([span.members[0] for span in spans], device=device)
-    return Places(rows, columns, seen_SL[:, None, None], unseen)
+    return Places(rows, columns, Mask.of(seen_SL[:, None, None], dtype), (~seen_SL).flatten().nonzero()[:, 0])
 
 
 def _padded(
     q_SHD: torch.Tensor, cache: Cache, spans: Spans, tables: torch.Tensor, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from one query to each span."""
-    places = _places(spans, cache.page, tables.shape[1], q_SHD.device)
+    places = _places(spans, cache.page, tables.shape[1], q_SHD.device, q_SHD.dtype)
     pages = tables[places.rows[:, None], places.columns]
     k_SLGD, v_SLGD = (t.flatten(1, 2) for t in cache.read(pages))
-    if places.unseen is not None:
+    if len(places.unseen):
         # A weight of zero does not silence what is not finite.
         for numbers in (k_SLGD, v_SLGD):
-            numbers.masked_fill_(places.unseen, 0)
+            numbers.flatten(0, 1).index_fill_(0, places.unseen, 0)
     q_SGRD = q_SHD.view(len(spans), cache.heads, -1, q_SHD.shape[2])
-    seen = places.seen.expand(-1, -1, q_SGRD.shape[2], -1)
-    out, lse = dense_attention(q_SGRD, k_SLGD.transpose(1, 2), v_SLGD.transpose(1, 2), seen, scoring)
+    out, lse = dense_attention(q_SGRD, k_SLGD.transpose(1, 2), v_SLGD.transpose(1, 2), places.mask, scoring)
     return out.reshape(q_SHD.shape), lse.reshape(q_SHD.shape[:2])
 
 
@@ -136,6 +134,6 @@ def _shared(
     k_GLD, v_GLD = (t.flatten(0, 1)[: span.stop].transpose(0, 1) for t in cache.read(pages))
     q_GQD = q_SHD.view(count, cache.heads, -1, size).transpose(0, 1).reshape(cache.heads, -1, size)
     seen = torch.ones(1, 1, q_GQD.shape[1], span.stop, dtype=torch.bool, device=q_SHD.device)
-    out, lse = dense_attention(q_GQD[None], k_GLD[None], v_GLD[None], seen, scoring)
+    out, lse = dense_attention(q_GQD[None], k_GLD[None], v_GLD[None], Mask.of(seen, q_SHD.dtype), scoring)
     out = out.view(cache.heads, count, -1, size).transpose(0, 1).reshape(q_SHD.shape)
     return out, lse.view(cache.heads, count, -1).transpose(0, 1).reshape(q_SHD.shape[:2])

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
-from toolkit.kernels.dense import dense_attention
+from toolkit.kernels.dense import CAUSAL, Mask, dense_attention
 from toolkit.kernels.paging import gather, visible
 from toolkit.kernels.scoring import Scoring
 
 BLOCK = 256
 """Queries that are worked on at a time."""
+
+SMALL = 2**16
+"""Elements of a mask that is kept for the layers to come."""
 
 
 def prefill_attention(
@@ -43,7 +47,6 @@ def _block(
     queries, heads, size = len(q_QHD), k_LGD.shape[1], q_QHD.shape[2]
     stop = max(0, min(len(k_LGD), position + queries))
     first = min(scoring.first_seen(position), stop)
-    seen = visible(position, position + queries, stop, scoring.window, q_QHD.device, scoring.num_global)
     keys = slice(0, stop) if first <= scoring.num_global else slice(first, stop)
     if 0 < scoring.num_global < first:
         keys = torch.cat([torch.arange(scoring.num_global), torch.arange(first, stop)]).to(q_QHD.device)
@@ -52,5 +55,22 @@ def _block(
     k_GRLD, v_GRLD = (t[keys].transpose(0, 1)[:, None].expand(shape) for t in (k_LGD, v_LGD))
     if scoring.sinks_H is not None:
         scoring = replace(scoring, sinks_H=scoring.sinks_H.view(heads, -1, 1))
-    out_GRQD, lse_GRQ = dense_attention(q_GRQD, k_GRLD, v_GRLD, seen[None, None, :, keys], scoring)
+    mask = _mask(position, queries, stop, keys, scoring, q_QHD)
+    out_GRQD, lse_GRQ = dense_attention(q_GRQD, k_GRLD, v_GRLD, mask, scoring)
     return out_GRQD.permute(2, 0, 1, 3).reshape(q_QHD.shape), lse_GRQ.permute(2, 0, 1).reshape(queries, -1)
+
+
+def _mask(
+    position: int, queries: int, stop: int, keys: slice | torch.Tensor, scoring: Scoring, q_QHD: torch.Tensor
+) -> Mask:
+    if position == 0 and stop == queries and (scoring.window is None or scoring.window >= stop):
+        return CAUSAL
+    asked = position, position + queries, stop, scoring.window, q_QHD.device, scoring.num_global
+    if isinstance(keys, slice) and queries * stop <= SMALL:
+        return _small_mask(asked, keys.start, q_QHD.dtype)
+    return Mask.of(visible(*asked)[None, None, :, keys], q_QHD.dtype)
+
+
+@lru_cache(maxsize=64)
+def _small_mask(asked: tuple[int, int, int, int | None, torch.device, int], first: int, dtype: torch.dtype) -> Mask:
+    return Mask.of(visible(*asked)[None, None, :, first:], dtype)
