@@ -25,10 +25,10 @@ class Case:
         self.starts = [0, *itertools.accumulate(self.queries)]
         self.place(page)
 
-    def place(self, page: int, common: Sequence[int] = (), tokens: int = 0) -> None:
-        """Put keys and values into shuffled pages; sequences in `common` share their first tokens, whole pages."""
+    def place(self, page: int, common: Sequence[int] = (), tokens: int = 0, *, shuffled: bool = True) -> None:
+        """Put keys and values into pages; sequences in `common` share their first tokens, whole pages."""
         needed = [-(-n // page) for n in self.lengths]
-        order = torch.randperm(sum(needed) + 3).tolist()
+        order = torch.randperm(sum(needed) + 3).tolist() if shuffled else list(reversed(range(sum(needed) + 3)))
         self.k_cache = torch.full(
             (len(order), page, *self.k[0].shape[1:]), torch.nan, dtype=self.q.dtype, device=DEVICE
         )

@@ -69,6 +69,34 @@ def test_a_ragged_batch_is_each_request_alone(impl):
     assert (together[1][2] == -torch.inf).all()
 
 
+@IMPLS
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("known", ["all", "some"])
+def test_sequences_whose_pages_follow_each_other(impl, options, known, monkeypatch):
+    """Where they lie is a hint: nothing is copied, and what lies beside them is not looked at."""
+    monkeypatch.setattr(torch_form, "WORTH_A_CALL", 5 * 2 * 24 * 4)
+    case = Case(LENGTHS)
+    expected = run(case, "reference", **options)
+    case.place(4, shuffled=False)
+    first = case.tables[:, 0].tolist()
+    pages = [page if known == "all" or i % 2 else None for i, page in enumerate(first)]
+    check(run(case, impl, first_pages=pages, **options), case.exact(0.3, **options), expected)
+
+
+def test_what_lies_together_is_not_copied(monkeypatch):
+    case = Case([40, 33])
+    case.place(4, shuffled=False)
+    monkeypatch.setattr(torch_form, "WORTH_A_CALL", 0)
+    monkeypatch.setattr(torch_form, "_padded", None)
+    out, _ = run(case, "torch", first_pages=case.tables[:, 0].tolist())
+    assert torch.isfinite(out).all()
+
+
+def test_one_sequence_with_two_spans_beside_one_with_none():
+    case, options = Case([40, 0]), {"window": 9, "num_global": 3}
+    check(run(case, "torch", **options), case.exact(0.3, **options), run(case, "reference", **options))
+
+
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize("length", [32, 30], ids=["whole pages", "part of a page"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

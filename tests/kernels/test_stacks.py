@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from toolkit.kernels.grouped_lora import PagedPairs, Pair, Routes, paged_lora
-from toolkit.kernels.grouped_lora.stacks import MOST_ROWS
+from toolkit.kernels.grouped_lora.routes import MOST_ROWS
 
 K, WIDTHS, RANKS = 24, (16, 40), [(3, 3), (2, 5), (4, 0)]
 

@@ -34,10 +34,44 @@ def test_idle_pages_stay_until_the_room_is_needed_and_go_the_longest_unused_firs
     assert (pool.num_free, pool.num_idle, gone) == (3, 3, [])
     pool.hold(blocks[1])
     pool.release(blocks[1])
-    assert pool.allocate(2).pages == [2, 0]
+    assert pool.allocate(2).pages == [0, 2]
     assert gone == ["a", "c"]
     pool.forget(blocks[1])
     assert (pool.num_free, pool.num_idle, gone) == (1, 0, ["a", "c"])
+    pool.check()
+
+
+def test_sequences_that_grow_side_by_side_lie_together():
+    pool = PagePool(128, 4)
+    adapter = pool.allocate(5)
+    sequences = [[] for _ in range(6)]
+    for _ in range(8):
+        for blocks in sequences:
+            blocks.append(pool.allocate_after(blocks[-1] if blocks else None))
+    pages = [[block.pages[0] for block in blocks] for blocks in sequences]
+    assert pages == [list(range(own[0], own[0] + 8)) for own in pages]
+    assert adapter.pages == list(range(5))
+    pool.check()
+
+
+def test_a_sequence_that_meets_another_goes_on_where_there_is_room():
+    pool = PagePool(6, 4)
+    blocks = [pool.allocate_after(None)]
+    assert blocks[0].pages == [3]
+    pool.allocate(4)
+    while pool.num_free:
+        blocks.append(pool.allocate_after(blocks[-1]))
+    assert [block.pages[0] for block in blocks] == [3, 5]
+    pool.check()
+
+
+def test_a_part_of_the_pool_is_evicted_at_once():
+    pool, gone = PagePool(256, 4), []
+    blocks = [pool.allocate(1) for _ in range(256)]
+    for block in blocks:
+        block.on_evict = lambda block=block: gone.append(block.pages[0])
+        pool.release(block)
+    assert [pool.allocate_after(None).pages, gone] == [[2], [0, 1, 2, 3]]
     pool.check()
 
 
@@ -51,7 +85,7 @@ def test_every_page_is_free_or_in_one_block_after_anything(seed):
         if action == "a":
             count = rng.randint(1, 6)
             if count <= pool.num_free:
-                block = pool.allocate(count)
+                block = pool.allocate(count) if count > 1 else pool.allocate_after(held[-1] if held else None)
                 if rng.random() < 0.6:
                     block.on_evict = lambda block=block: idle.remove(block)
                 held.append(block)

@@ -39,7 +39,7 @@ CAUSAL = Mask()
 
 
 def dense_attention(
-    q_BHQD: torch.Tensor, k_BHLD: torch.Tensor, v_BHLD: torch.Tensor, mask: Mask, scoring: Scoring
+    q_BHQD: torch.Tensor, k_BHLD: torch.Tensor, v_BHLD: torch.Tensor, mask: Mask | None, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend where the mask says so; what is not seen may hold anything finite.
 
@@ -50,7 +50,7 @@ def dense_attention(
         q_BHQD: queries.
         k_BHLD: keys; heads of a group may be one expanded tensor.
         v_BHLD: values.
-        mask: tokens that they see.
+        mask: tokens that they see; `None` is all.
         scoring: scale, cap and sinks, of `[H, 1]` or `[H, Q]`; its window is not looked at.
 
     Returns:
@@ -61,9 +61,15 @@ def dense_attention(
         return _written_out(q_BHQD, k_BHLD, v_BHLD, mask, scoring)
     # The function that everybody calls, `scaled_dot_product_attention`, keeps the logarithms of sums to itself.
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_BHQD, k_BHLD, v_BHLD, 0.0, mask.seen is None, attn_mask=mask.added, scale=scoring.scale
+        q_BHQD,
+        k_BHLD,
+        v_BHLD,
+        0.0,
+        mask is not None and mask.seen is None,
+        attn_mask=mask and mask.added,
+        scale=scoring.scale,
     )
-    if mask.blind is not None:
+    if mask and mask.blind is not None:
         lse = lse.masked_fill(mask.blind, -torch.inf)
     if scoring.sinks_H is not None:
         whole = torch.logaddexp(lse, scoring.sinks_H.float())
@@ -72,10 +78,12 @@ def dense_attention(
 
 
 def _written_out(
-    q_BHQD: torch.Tensor, k_BHLD: torch.Tensor, v_BHLD: torch.Tensor, mask: Mask, scoring: Scoring
+    q_BHQD: torch.Tensor, k_BHLD: torch.Tensor, v_BHLD: torch.Tensor, mask: Mask | None, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do the same by way of all scores."""
     scores = scoring.scores(torch.matmul(q_BHQD.float(), k_BHLD.float().transpose(2, 3)))
-    seen = mask.seen if mask.seen is not None else torch.ones_like(scores[:1, :1], dtype=torch.bool).tril()
-    shares, lse = normalise(scores.masked_fill_(~seen, -torch.inf), scoring.sinks_H)
+    if mask is not None:
+        seen = mask.seen if mask.seen is not None else torch.ones_like(scores[:1, :1], dtype=torch.bool).tril()
+        scores = scores.masked_fill_(~seen, -torch.inf)
+    shares, lse = normalise(scores, scoring.sinks_H)
     return torch.matmul(shares, v_BHLD.float()).to(q_BHQD.dtype), lse

@@ -19,6 +19,7 @@ class PagedBatch:
         starts: first query row of each sequence, and T at the end.
         lengths: tokens of each sequence that attention sees, this step's included.
         tables: `[S, max pages]` int64, block table of each sequence, padded with any page.
+        first_pages: of the sequences whose pages follow each other; `None` for others.
         slots: `[T]` int64, `page * page_size + offset` of each query token.
         num_decodes: leading sequences that have exactly one query token; the others are prefills.
     """
@@ -26,6 +27,7 @@ class PagedBatch:
     starts: list[int]
     lengths: list[int]
     tables: torch.Tensor
+    first_pages: list[int | None]
     slots: torch.Tensor
     num_decodes: int
 

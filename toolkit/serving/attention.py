@@ -105,7 +105,8 @@ def paged_attention(
     n, rows = batch.num_decodes, batch.starts
     parts: list[torch.Tensor] = []
     if n:
-        parts.append(decode_attention(q[:n], k_cache, v_cache, batch.lengths[:n], batch.tables[:n], **options)[0])
+        at = batch.lengths[:n], batch.tables[:n]
+        parts.append(decode_attention(q[:n], k_cache, v_cache, *at, first_pages=batch.first_pages[:n], **options)[0])
     if n < len(batch.lengths):
         starts = [row - rows[n] for row in rows[n:]]
         out = prefill_attention(q[rows[n] :], k_cache, v_cache, starts, batch.lengths[n:], batch.tables[n:], **options)

@@ -1,10 +1,15 @@
 """The one tensor that keys, values and adapters live in.
 
-A page is a run of `page_elements` numbers. For a sequence it holds the keys and values of `page_size` tokens in all
-layers; for an adapter it is cut into units, a power of two long, that its factors are laid into:
+A page is `page_elements` numbers, a chunk of them for the keys and one for the values of each layer. For a sequence it
+holds those of `page_size` tokens; for an adapter its chunks are cut into units, a power of two long, that factors are
+laid into:
 
-    page of a sequence:   | K of layer 0 | V of layer 0 | K of layer 1 | ... | a few spare |
-    page of an adapter:   | unit | unit | unit | unit | ...                                |
+    pages                    0          1          2
+    K of layer 0        |  chunk   |  chunk   |  chunk   | ...    of a sequence: 16 tokens
+    V of layer 0        |  chunk   |  chunk   |  chunk   | ...    of an adapter: | unit | unit | unit | unit |
+    K of layer 1        |  chunk   |  chunk   |  chunk   | ...
+
+What one layer reads lies together, so the tokens of a sequence whose pages follow each other are one plain tensor.
 
 Shape suffixes: P pages, G key/value heads, D features.
 """
@@ -12,6 +17,8 @@ Shape suffixes: P pages, G key/value heads, D features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -48,21 +55,22 @@ class Memory:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.layers, self.page_size = dict(layers), page_size
-        sizes = {layer: page_size * prod(heads) for layer, heads in layers.items()}
+        self.layers, self.page_size, self.num_pages = dict(layers), page_size, num_pages
         self.page_elements, unit = page_elements(layers, page_size)
         # Zeros, for what is multiplied with a weight of zero must be finite.
-        data = torch.zeros(num_pages, self.page_elements, dtype=dtype, device=device)
-        self._data = data
-        self.units = data.view(-1, unit)
+        self.units = torch.zeros(num_pages * self.page_elements // unit, unit, dtype=dtype, device=device)
         self.units_per_page = self.page_elements // unit
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
-        at = 0
+        self._chunks: list[torch.Tensor] = []
+        rest = self.units.flatten()
         for layer, heads in layers.items():
+            size = page_size * prod(heads)
             for side in (self.keys, self.values):
-                side[layer] = data[:, at : at + sizes[layer]].view(num_pages, page_size, *heads)
-                at += sizes[layer]
+                count = num_pages * _rounded(size, unit)
+                chunks, rest = rest[:count].view(num_pages, -1), rest[count:]
+                self._chunks.append(chunks)
+                side[layer] = chunks[:, :size].view(num_pages, page_size, *heads)
 
     @classmethod
     def like(cls, other: Memory, num_pages: int) -> Memory:
@@ -73,37 +81,48 @@ class Memory:
     @property
     def nbytes(self) -> int:
         """Bytes of all pages."""
-        return self._data.nbytes
+        return self.units.nbytes
 
     @property
     def page_bytes(self) -> int:
         """Bytes of a page."""
-        return self.page_elements * self._data.itemsize
+        return self.page_elements * self.units.itemsize
 
     def units_of(self, pages: Sequence[int]) -> list[int]:
-        """Return the units of some pages."""
-        count = self.units_per_page
-        return [unit for page in pages for unit in range(page * count, (page + 1) * count)]
+        """Return the units of some pages, those of a page together."""
+        return [unit for page in pages for first, count in self._places for unit in self._range(page, first, count)]
+
+    @cached_property
+    def _places(self) -> list[tuple[int, int]]:
+        """First unit of each kind of chunk, and units of one."""
+        counts = [chunks.shape[1] // self.units.shape[1] for chunks in self._chunks]
+        return [(self.num_pages * before, count) for before, count in zip(accumulate(counts, initial=0), counts, strict=False)]
+
+    @staticmethod
+    def _range(page: int, first: int, count: int) -> range:
+        return range(first + page * count, first + (page + 1) * count)
 
     def save(self, start: int, count: int) -> Sequence[torch.Tensor]:
         """Copy neighbouring pages to the host in one transfer."""
-        return self._data[start : start + count].to("cpu", copy=True).unbind()
+        pages = torch.cat([chunks[start : start + count] for chunks in self._chunks], dim=1)
+        return pages.to("cpu").unbind()
 
     def load(self, start: int, contents: Sequence[torch.Tensor]) -> None:
-        """Copy contents from the host into neighbouring pages."""
-        self._data[start : start + len(contents)] = torch.stack(list(contents)).to(self._data.device)
+        """Copy contents from the host into neighbouring pages, in one transfer."""
+        pages = torch.stack(list(contents)).to(self.units.device)
+        parts = pages.split([chunks.shape[1] for chunks in self._chunks], dim=1)
+        for chunks, part in zip(self._chunks, parts, strict=True):
+            chunks[start : start + len(contents)] = part
 
 
 def page_elements(layers: Mapping[int, Heads], page_size: int) -> tuple[int, int]:
-    """Return the elements of a page and of a unit."""
-    wanted = 2 * page_size * sum(prod(heads) for heads in layers.values())
-    unit = _unit(wanted)
-    return -(-wanted // unit) * unit, unit
-
-
-def _unit(page: int) -> int:
-    """Return the largest power of two of which rounding a page up to a multiple wastes at most a thirty-second."""
+    """Return the elements of a page and of a unit: the largest power of two that wastes at most a thirty-second."""
+    sizes = [page_size * prod(heads) for heads in layers.values()]
     unit = SMALLEST_UNIT
-    while 2 * unit <= min(page // 32, LARGEST_UNIT):
+    while 2 * unit <= LARGEST_UNIT and 32 * sum(_rounded(size, 2 * unit) for size in sizes) <= 33 * sum(sizes):
         unit *= 2
-    return unit
+    return 2 * sum(_rounded(size, unit) for size in sizes), unit
+
+
+def _rounded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

@@ -5,6 +5,10 @@ sequences use it. When the last one lets go, its pages are free, or, where the c
 stay as they are until somebody needs the room, and go the longest unused first. So prompts that may come again and
 adapters that nobody uses just now share what is left of one pool (Sheng et al., "S-LoRA: Serving Thousands of
 Concurrent LoRA Adapters", 2023, arXiv:2311.03285, has keys, values and adapters in one pool).
+
+A sequence may lie anywhere, but one whose pages follow each other can be read where it lies. So a sequence begins in the
+middle of the longest stretch of free pages and grows into it, and what does not grow takes the first pages that are
+free.
 """
 
 from __future__ import annotations
@@ -12,6 +16,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+
+AHEAD = 64
+"""A part of the pool, `1 / AHEAD`, is evicted at once, so that what is freed lies together."""
 
 
 @dataclass(eq=False)
@@ -39,7 +48,8 @@ class PagePool:
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages, self.page_size = num_pages, page_size
-        self._free = list(reversed(range(num_pages)))
+        self._is_free = bytearray(b"\1" * num_pages)
+        self._num_unused = num_pages
         self._idle: OrderedDict[Block, None] = OrderedDict()
         self._idle_pages = 0
         self._held: set[Block] = set()
@@ -47,7 +57,7 @@ class PagePool:
     @property
     def num_free(self) -> int:
         """Pages that can be allocated: free or idle."""
-        return len(self._free) + self._idle_pages
+        return self._num_unused + self._idle_pages
 
     @property
     def num_idle(self) -> int:
@@ -69,17 +79,51 @@ class PagePool:
         Raises:
             AssertionError: there are not that many pages; the caller asks `num_free` first.
         """
+        self._make_room(count)
+        return self._take(np.flatnonzero(np.frombuffer(self._is_free, np.uint8))[:count].tolist())
+
+    def allocate_after(self, last: Block | None) -> Block:
+        """Give out a page for a sequence that goes on, the one behind its last block if that is free.
+
+        Raises:
+            AssertionError: there is no page.
+        """
+        self._make_room(1)
+        page = last.pages[-1] + 1 if last else self.num_pages
+        if page >= self.num_pages or not self._is_free[page]:
+            page = self._middle_of_longest()
+        return self._take([page])
+
+    def _middle_of_longest(self) -> int:
+        edges = np.flatnonzero(np.diff(np.frombuffer(self._is_free, np.int8), prepend=0, append=0))
+        starts, stops = edges[::2], edges[1::2]
+        longest = int((stops - starts).argmax())
+        return int(starts[longest] + stops[longest]) // 2
+
+    def _make_room(self, count: int) -> None:
         assert count <= self.num_free, "the caller asks num_free first"
-        while len(self._free) < count:
-            self._evict()
-        block = Block([self._free.pop() for _ in range(count)])
+        if self._num_unused < count:
+            wanted = max(count, self.num_pages // AHEAD)
+            while self._num_unused < wanted and self._idle:
+                self._evict()
+
+    def _take(self, pages: list[int]) -> Block:
+        for page in pages:
+            self._is_free[page] = 0
+        self._num_unused -= len(pages)
+        block = Block(pages)
         self._held.add(block)
         return block
+
+    def _give_back(self, block: Block) -> None:
+        for page in block.pages:
+            self._is_free[page] = 1
+        self._num_unused += len(block.pages)
 
     def _evict(self) -> None:
         block, _ = self._idle.popitem(last=False)
         self._idle_pages -= len(block.pages)
-        self._free.extend(reversed(block.pages))
+        self._give_back(block)
         assert block.on_evict is not None
         block.on_evict()
 
@@ -99,7 +143,7 @@ class PagePool:
             return
         self._held.remove(block)
         if block.on_evict is None:
-            self._free.extend(reversed(block.pages))
+            self._give_back(block)
         else:
             self._idle[block] = None
             self._idle_pages += len(block.pages)
@@ -110,12 +154,14 @@ class PagePool:
         if block in self._idle:
             del self._idle[block]
             self._idle_pages -= len(block.pages)
-            self._free.extend(reversed(block.pages))
+            self._give_back(block)
 
     def check(self) -> None:
         """Verify that every page is free or in one block, and that held blocks have holders and idle ones none."""
         blocks = [*self._idle, *self._held]
-        pages = [*self._free, *(page for block in blocks for page in block.pages)]
+        unused = [page for page, is_free in enumerate(self._is_free) if is_free]
+        pages = [*unused, *(page for block in blocks for page in block.pages)]
+        assert len(unused) == self._num_unused
         assert sorted(pages) == list(range(self.num_pages)), "a page is lost, or is in two blocks"
         assert all(block.holders > 0 for block in self._held), "a block is held by nobody"
         assert all(block.holders == 0 and block.on_evict for block in self._idle), "an idle block has a holder"

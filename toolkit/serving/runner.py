@@ -159,9 +159,7 @@ class Runner:
         Returns:
             The works that complete their request's tokens, and the logits after each, `[len(works), V]` float32.
         """
-        # Single tokens first, for they attend in one batched product; each part ordered by adapter, so that the
-        # rows of an adapter lie together.
-        ordered = sorted(step, key=lambda w: (w.count > 1, w.request.mix.identity))
+        ordered = _ordered(step)
         tokens, positions = _tokens(ordered), _positions(ordered)
         ends = list(accumulate(work.count for work in ordered))
         kept = [_kept(work) for work in ordered]
@@ -205,6 +203,7 @@ class Runner:
         return PagedBatch(
             starts=[0, *ends],
             lengths=lengths,
+            first_pages=[_first_page(work.request.pages, self.page_size, n) for work, n in zip(ordered, lengths, strict=True)],
             tables=torch.tensor(tables, device=device),
             slots=torch.tensor(slots, device=device),
             num_decodes=sum(work.count == 1 for work in ordered),
@@ -224,6 +223,30 @@ class Runner:
             for index, layer in enumerate(self.memory.keys):
                 store(self.memory.keys[layer], slots, prefix.keys[index])
                 store(self.memory.values[layer], slots, prefix.values[index])
+
+
+def _ordered(step: Sequence[Work]) -> list[Work]:
+    """Put single tokens first, for they attend in one batched product; of each part, the rows of an adapter lie
+    together, and what is long before what is short, so that neighbours have as much to attend to."""
+    longest: dict[str, int] = {}
+    for work in step:
+        identity = work.request.mix.identity
+        longest[identity] = max(longest.get(identity, 0), work.request.num_computed)
+
+    def place(work: Work) -> tuple[bool, int, str, int]:
+        identity = work.request.mix.identity
+        return work.count > 1, -longest[identity], identity, -work.request.num_computed
+
+    return sorted(step, key=place)
+
+
+def _first_page(pages: Sequence[int], page_size: int, length: int) -> int | None:
+    """Return the first page of a sequence whose pages follow each other as far as its tokens go."""
+    used = -(-length // page_size)
+    first = pages[0]
+    if pages[used - 1] != first + used - 1 or list(pages[:used]) != list(range(first, first + used)):
+        return None
+    return first
 
 
 def _kept(work: Work) -> list[int]:

@@ -174,7 +174,7 @@ class Scheduler:
         used = request.num_virtual + request.num_computed
         missing = self.pool.pages_for(used + count) - len(request.blocks)
         for _ in range(min(missing, self.pool.num_free)):
-            request.blocks.append(self.pool.allocate(1))
+            request.blocks.append(self.pool.allocate_after(request.blocks[-1] if request.blocks else None))
         return min(count, len(request.blocks) * self.pool.page_size - used)
 
     def _start(self, step: dict[Request, int]) -> None:
@@ -215,7 +215,8 @@ class Scheduler:
             self.prefixes.take(request)  # before the adapters come, which could push it out
         self.adapters.hold(request.mix)
         if self.swap and (count := self.swap.pages_of(request)):
-            request.blocks = [self.pool.allocate(1) for _ in range(count)]
+            for _ in range(count):
+                request.blocks.append(self.pool.allocate_after(request.blocks[-1] if request.blocks else None))
             self.swap.load(request)
 
     def _preempt(self, request: Request) -> None:

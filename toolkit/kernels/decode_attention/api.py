@@ -45,6 +45,7 @@ def decode_attention(
     num_global: int = 0,
     sinks_H: torch.Tensor | None = None,
     prefixes: Sequence[SharedPrefix] = (),
+    first_pages: Sequence[int | None] = (),
     impl: Impl | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from the last token of each sequence to all of its tokens.
@@ -62,6 +63,8 @@ def decode_attention(
         sinks_H: score of a further key per head that has no value; it counts in the sums.
         prefixes: tokens that several sequences share. They change nothing but how often memory is read: once for all
             of the sequences. With a window they are of no use and not looked at.
+        first_pages: of each sequence whose pages follow each other, `None` for others. They change nothing but speed:
+            on a CPU such a sequence is read where it lies.
         impl: form to run.
 
     Returns:
@@ -77,7 +80,7 @@ def decode_attention(
 
     scoring = Scoring(scale, window, num_global, soft_cap, sinks_H)
     check_tensors(q_SHD, k_cache, v_cache, scoring)
-    return _run(q_SHD, PlainCache(k_cache, v_cache), lengths, tables, scoring, prefixes, impl)
+    return _run(q_SHD, PlainCache(k_cache, v_cache, first_pages), lengths, tables, scoring, prefixes, impl)
 
 
 def quantized_decode_attention(

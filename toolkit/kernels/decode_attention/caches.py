@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,26 @@ from toolkit.kernels.kv_quant.cache import QuantizedCache
 
 @dataclass(frozen=True)
 class PlainCache:
-    """Keys and values `[P, page, G, D]` as the model made them."""
+    """Keys and values `[P, page, G, D]` as the model made them.
+
+    Attributes:
+        k: keys.
+        v: values.
+        first_pages: of each sequence whose pages follow each other; may be empty.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
+    first_pages: Sequence[int | None] = ()
+
+    @property
+    def lies_together(self) -> bool:
+        """Whether neighbouring pages are one plain run of tokens."""
+        return all(t.stride(0) == t.shape[1] * t.stride(1) for t in (self.k, self.v))
+
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all keys and values as `[1, G, P * page, D]`, where pages lie together."""
+        return tuple(t.flatten(0, 1).transpose(0, 1)[None] for t in (self.k, self.v))  # pyright: ignore[reportReturnType]
 
     @property
     def page(self) -> int:

@@ -121,7 +121,10 @@ def paged_lora(
     """
     form = resolve(impl, ("triton", "torch", "reference"), x.device, "paged_lora")
     biases = biases or [None] * (len(pairs.widths) - 1)
-    _check_tensors(ys, x, routes, pairs, biases)
+    given = [None if t is None else (t.shape, t.stride(), t.dtype) for t in (x, *ys, *biases)]
+    if pairs.checked != (len(routes.slots), given):  # which takes longer than to see that they are as last time
+        _check_tensors(ys, x, routes, pairs, biases)
+        pairs.checked = len(routes.slots), given
     routes.check_dora(pairs)
     if form == "triton":
         from toolkit.kernels.grouped_lora.triton_form import paged_lora as run

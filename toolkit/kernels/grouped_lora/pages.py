@@ -52,6 +52,8 @@ class PagedPairs:
         offsets: int32, where pieces begin, in units of `ALIGN` elements; replaced when it grows.
         ranks: `[S]`, inner products of a row with each slot, on the host.
         versions: of each slot that is taken, a number that no other adapter had or will have.
+        edition: grows whenever an adapter comes or goes.
+        checked: what an operation found right when it last looked at its tensors.
         plain: slots whose adapter only adds a product.
         doras: slots whose adapter rescales an output.
     """
@@ -74,6 +76,8 @@ class PagedPairs:
         self._offsets = np.zeros(0, np.int32)
         self._used = 0
         self.versions: dict[int, int] = {}
+        self.edition = 0
+        self.checked: object = None
         self.plain: set[int] = set()
         self.doras: set[int] = set()
         self._ranks: dict[int, tuple[int, ...]] = {}
@@ -142,6 +146,7 @@ class PagedPairs:
             self.plain.add(slot)
         if (self._extras[:, GAIN, slot] >= 0).any():
             self.doras.add(slot)
+        self.edition += 1
         self._append(slot)
         self._upload()
 
@@ -153,6 +158,7 @@ class PagedPairs:
         self._forget(slot)
         self._sides[:, :, slot] = 0
         self._extras[:, :, slot] = -1
+        self.edition += 1
         self._upload()
 
     def _forget(self, slot: int) -> None:

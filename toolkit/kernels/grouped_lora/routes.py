@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from toolkit.kernels.grouped_lora.stacks import Gathered
 
 
+MOST_ROWS = 8
+"""Rows of an adapter that are few: more are worth a product of their own."""
+
+
 @dataclass(frozen=True, eq=False)
 class Routes:
     """The adapters of every row.
@@ -74,6 +78,11 @@ class Routes:
                     rows.append(row)
                     own.append(weight)
         return found
+
+    @cached_property
+    def slots_of_few(self) -> tuple[int, ...]:
+        """Slots of the adapters that have at most `MOST_ROWS` rows."""
+        return tuple(slot for slot, (rows, _) in self.by_slot.items() if len(rows) <= MOST_ROWS)
 
     @cached_property
     def segments(self) -> list[tuple[int, int, int, float]]:

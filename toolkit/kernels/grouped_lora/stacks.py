@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from toolkit.kernels.grouped_lora.pages import PagedPairs
     from toolkit.kernels.grouped_lora.routes import Routes
 
-MOST_ROWS = 8
-"""Rows of an adapter that still go into a stack; more are worth a product of their own."""
-
 FEWEST = 3
 """Adapters that are worth a stack."""
 
@@ -31,12 +28,13 @@ class Gathered:
     """Rows of a batch in the order of a stack.
 
     Attributes:
-        rows_nm: flat, `[n * m]`, row of the batch; adapters with fewer rows repeat one.
-        weights_nm1: of their changes, 0 for what is repeated.
+        rows_nm: flat, `[n * m]`, row of the batch; adapters with fewer rows repeat one. `None` where the rows of the
+            batch are in that order, one of each adapter.
+        weights_nm1: of their changes, 0 for what is repeated; `None` where all are 1.
     """
 
-    rows_nm: torch.Tensor
-    weights_nm1: torch.Tensor
+    rows_nm: torch.Tensor | None
+    weights_nm1: torch.Tensor | None
 
 
 class Stack:
@@ -57,6 +55,7 @@ class Stack:
         self._a = pairs.pool.new_empty(0, sum(ranks), pairs.widths[0])
         self._bs = [pairs.pool.new_empty(0, r, width) for r, width in zip(ranks, pairs.widths[1:], strict=True)]
         self._scales = pairs.pool.new_empty(0, 1, sum(ranks))
+        self._use()
 
     def hold(self, slots: Sequence[int]) -> list[int]:
         """See to it that the stack holds exactly these adapters, copying what is new; return them in its order."""
@@ -66,7 +65,18 @@ class Stack:
         if new or len(held) != len(wanted):
             free = [i for i, slot in enumerate(self.slots) if wanted.get(slot) != held[slot]]
             self._fill(new, free)
+            self._use()
         return self.slots
+
+    def _use(self) -> None:
+        """Note the parts of the tensors that are in use, for `add` is called often and slicing takes its time."""
+        n, at = len(self.slots), 0
+        self._factors = self._a[:n].transpose(1, 2), self._scales[:n]
+        self._linears: list[tuple[int, int, int, torch.Tensor]] = []
+        for linear, (rank, b_nrN) in enumerate(zip(self.ranks, self._bs, strict=True)):
+            if rank:
+                self._linears.append((linear, at, rank, b_nrN[:n]))
+            at += rank
 
     def _fill(self, new: list[int], free: list[int]) -> None:
         """Copy adapters into free places, then further ones; close the gaps that are left with the last ones."""
@@ -106,15 +116,17 @@ class Stack:
     def add(self, ys: Sequence[torch.Tensor], x_TK: torch.Tensor, gathered: Gathered) -> None:
         """Add the changes of all its adapters to their rows, in place."""
         n, rows = len(self.slots), gathered.rows_nm
-        x_nmK = x_TK.index_select(0, rows).view(n, -1, x_TK.shape[1])
-        inner_nmR = torch.bmm(x_nmK, self._a[:n].transpose(1, 2))
-        inner_nmR = inner_nmR * (self._scales[:n] * gathered.weights_nm1)
-        at = 0
-        for y_TN, rank, b_nrN in zip(ys, self.ranks, self._bs, strict=True):
-            if rank:
-                change = torch.bmm(inner_nmR[:, :, at : at + rank], b_nrN[:n])
-                y_TN.index_add_(0, rows, change.view(len(rows), -1))
-                at += rank
+        a_nKR, scales_n1R = self._factors
+        x_nmK = (x_TK if rows is None else x_TK.index_select(0, rows)).view(n, -1, x_TK.shape[1])
+        inner_nmR = torch.bmm(x_nmK, a_nKR).mul_(scales_n1R)
+        if gathered.weights_nm1 is not None:
+            inner_nmR.mul_(gathered.weights_nm1)
+        for linear, at, rank, b_nrN in self._linears:
+            own_nmr = inner_nmR.narrow(2, at, rank) if rank < inner_nmR.shape[2] else inner_nmR
+            if rows is None:
+                ys[linear].view(n, 1, -1).baddbmm_(own_nmr, b_nrN)
+            else:
+                ys[linear].index_add_(0, rows, torch.bmm(own_nmr, b_nrN).view(len(rows), -1))
 
 
 class Stacks:
@@ -123,21 +135,27 @@ class Stacks:
     def __init__(self, pairs: PagedPairs) -> None:
         self.pairs = pairs
         self._stacks: dict[tuple[int, ...], Stack] = {}
+        self._chosen: list[tuple[Stack, tuple[int, ...]]] = []
+        self._chosen_for: object = None
 
     def choose(self, routes: Routes) -> list[tuple[Stack, Gathered]]:
         """Return the stacks that a batch needs, and its rows in their order; other adapters are not worth one."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for slot, (rows, _) in routes.by_slot.items():
-            if len(rows) <= MOST_ROWS and slot in self.pairs.plain:
-                groups.setdefault(self.pairs.ranks_of(slot), []).append(slot)
-        return [self._gather(ranks, slots, routes) for ranks, slots in groups.items() if len(slots) >= FEWEST]
+        asked = routes.slots_of_few, self.pairs.edition
+        if asked != self._chosen_for:
+            self._chosen, self._chosen_for = self._hold(routes.slots_of_few), asked
+        return [(stack, gather(order, routes, self.pairs.pool)) for stack, order in self._chosen]
 
-    def _gather(self, ranks: tuple[int, ...], slots: list[int], routes: Routes) -> tuple[Stack, Gathered]:
-        if ranks not in self._stacks:
-            self._stacks[ranks] = Stack(self.pairs, ranks)
-        stack = self._stacks[ranks]
-        order = tuple(stack.hold(slots))
-        return stack, gather(order, routes, self.pairs.pool)
+    def _hold(self, slots: Sequence[int]) -> list[tuple[Stack, tuple[int, ...]]]:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for slot in slots:
+            if slot in self.pairs.plain:
+                groups.setdefault(self.pairs.ranks_of(slot), []).append(slot)
+        found = []
+        for ranks, own in groups.items():
+            if len(own) >= FEWEST:
+                stack = self._stacks.setdefault(ranks, Stack(self.pairs, ranks))
+                found.append((stack, tuple(stack.hold(own))))
+        return found
 
 
 def gather(order: tuple[int, ...], routes: Routes, like: torch.Tensor) -> Gathered:
@@ -151,8 +169,13 @@ def gather(order: tuple[int, ...], routes: Routes, like: torch.Tensor) -> Gather
             empty = most - len(own)
             rows += own + own[:1] * empty
             weights += own_weights + [0.0] * empty
-        weights_nm1 = torch.tensor(weights, dtype=like.dtype, device=like.device).view(len(order), most, 1)
-        routes.gathered[order] = Gathered(torch.tensor(rows, device=like.device), weights_nm1)
+        in_order = rows == list(range(len(routes.slots)))
+        routes.gathered[order] = Gathered(
+            None if in_order and most == 1 else torch.tensor(rows, device=like.device),
+            None
+            if all(weight == 1 for weight in weights)
+            else torch.tensor(weights, dtype=like.dtype, device=like.device).view(len(order), most, 1),
+        )
     return routes.gathered[order]
 
 

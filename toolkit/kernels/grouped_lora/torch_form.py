@@ -43,6 +43,8 @@ def paged_lora(
         for stack, gathered in pairs.stacks.choose(routes):
             stack.add(ys, x, gathered)
             stacked.update(stack.slots)
+    if len(stacked) == len(routes.by_slot):
+        return
     for start, stop, slot, weight in routes.segments:
         if slot in stacked:
             continue
