@@ -16,6 +16,7 @@ from tests import tiny
 from tests.serving.test_engine import ENOUGH, prompts_of
 from toolkit.errors import CheckpointError, RequestError, UnsupportedError
 from toolkit.kernels.grouped_lora import Pair
+from toolkit.serving.adapters import folders
 from toolkit.serving.adapters.contents import Contents
 from toolkit.serving.adapters.tiers import MOST_COMING, HostTier, Loader
 from toolkit.serving.engine import Engine
@@ -160,6 +161,28 @@ def test_an_adapter_whose_folder_has_changed_is_an_error_and_others_go_on(base, 
             broken.answer()
         assert fine.answer().tokens == tiny.greedy(tiny.load_merged(base, loras["few"]), [1, 2], ENOUGH)
         engine.check()
+
+
+def test_a_folder_that_has_not_changed_is_not_hashed_again(base, loras, tmp_path, monkeypatch):
+    """Files whose times are old enough to tell are not read twice; one that was touched is, and found to be the same."""
+    folder = shutil.copytree(loras["plain"], tmp_path / "x")
+    monkeypatch.setattr(folders, "SETTLED", -1.0)
+    with Engine(str(base), {"x": folder}) as engine:
+        source = engine.adapters._entries[engine.adapters.infos["x"].key].source
+        hashed = []
+        monkeypatch.setattr(source, "_look_again", lambda: hashed.append(1))
+        source.read()
+        assert not hashed
+        (folder / "adapter_config.json").touch()
+        source.read()
+        assert hashed
+
+
+def test_a_folder_that_was_written_just_now_is_hashed_again(base, loras, tmp_path):
+    """Its times may be those of the write before."""
+    folder = shutil.copytree(loras["plain"], tmp_path / "x")
+    (folder / "adapter_config.json").touch()
+    assert not folders.Stamp([folder / "adapter_config.json"]).holds()
 
 
 def test_names_of_equal_contents_do_not_depend_on_the_folder_of_another(base, loras, tmp_path):

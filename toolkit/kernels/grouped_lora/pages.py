@@ -46,11 +46,6 @@ class PagedPairs:
         num_slots: adapters that can be placed.
 
     Attributes:
-        sides: `[1 + P, 3, S]` int32: `START`, `RANK` and `COLUMN` of each side and slot.
-        scales: `[1 + P, S]` float32, 1 on side 0.
-        extras: `[P, 2, S]` int32: first entry in the list of offsets of the row of `BIAS` and of `GAIN`; -1 is none.
-        offsets: int32, where pieces begin, in units of `ALIGN` elements; replaced when it grows.
-        ranks: `[S]`, inner products of a row with each slot, on the host.
         versions: of each slot that is taken, a number that no other adapter had or will have.
         edition: grows whenever an adapter comes or goes.
         checked: what an operation found right when it last looked at its tensors.
@@ -82,7 +77,27 @@ class PagedPairs:
         self.doras: set[int] = set()
         self._ranks: dict[int, tuple[int, ...]] = {}
         self._placed = itertools.count()
-        self._upload()
+        self._uploaded: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def sides(self) -> torch.Tensor:
+        """`[1 + P, 3, S]` int32: `START`, `RANK` and `COLUMN` of each side and slot."""
+        return self._on_device()[0]
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """`[1 + P, S]` float32, 1 on side 0."""
+        return self._on_device()[1]
+
+    @property
+    def extras(self) -> torch.Tensor:
+        """`[P, 2, S]` int32: first entry in the offsets of the row of `BIAS` and of `GAIN`; -1 is none."""
+        return self._on_device()[2]
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        """int32: where pieces begin, in units of `ALIGN` elements."""
+        return self._on_device()[3]
 
     @property
     def ranks(self) -> np.ndarray:
@@ -110,10 +125,18 @@ class PagedPairs:
 
     def pages_for(self, pairs: Sequence[Pair | None]) -> int:
         """Return how many pages an adapter takes."""
+        rows: dict[int, int] = defaultdict(int)
+        for pair, width in zip(pairs, self.widths[1:], strict=True):
+            if pair is not None:
+                rank = pair.a_rK.shape[0]
+                rows[self.widths[0]] += rank
+                rows[width] += rank + (pair.bias_N is not None) + (pair.gain_N is not None)
         counts: dict[int, int] = defaultdict(int)
-        for matrix in _matrices(pairs):
-            for start in range(0, matrix.shape[1], self.page):
-                counts[min(self.page, matrix.shape[1] - start)] += len(matrix)
+        for width, count in rows.items():
+            whole, rest = divmod(width, self.page)
+            counts[self.page] += count * whole
+            if rest:
+                counts[rest] += count
         return sum(-(-count // self._per_page(width)) for width, count in counts.items())
 
     def place(self, slot: int, pairs: Sequence[Pair | None], pages: Sequence[int]) -> None:
@@ -148,7 +171,7 @@ class PagedPairs:
             self.doras.add(slot)
         self.edition += 1
         self._append(slot)
-        self._upload()
+        self._uploaded = None
 
     def clear(self, slot: int) -> None:
         """Forget the adapter of a slot; its pages are the caller's again."""
@@ -159,7 +182,7 @@ class PagedPairs:
         self._sides[:, :, slot] = 0
         self._extras[:, :, slot] = -1
         self.edition += 1
-        self._upload()
+        self._uploaded = None
 
     def _forget(self, slot: int) -> None:
         """Drop what was read of a slot, be it that there was nothing."""
@@ -216,7 +239,7 @@ class PagedPairs:
         """Write matrices into pages, pieces of one width together; return the offsets, matrix after matrix."""
         sources: dict[int, list[torch.Tensor]] = defaultdict(list)
         places: dict[int, list[np.ndarray]] = defaultdict(list)
-        offsets = [np.zeros((len(matrix), self.pieces(matrix.shape[1])), np.int64) for matrix in matrices]
+        offsets = [np.zeros((matrix.shape[0], self.pieces(matrix.shape[1])), np.int64) for matrix in matrices]
         for matrix, own in zip(matrices, offsets, strict=True):
             for piece in range(own.shape[1]):
                 part = matrix[:, piece * self.page : (piece + 1) * self.page]
@@ -264,13 +287,11 @@ class PagedPairs:
                 self._extras[linear, kind, slot] = at
                 at += self.pieces(self.widths[1 + linear])
 
-    def _upload(self) -> None:
-        """Put what changed on the device."""
-        device = self.pool.device
-        self.sides = torch.from_numpy(self._sides).to(device, copy=True)
-        self.scales = torch.from_numpy(self._scales).to(device, copy=True)
-        self.extras = torch.from_numpy(self._extras).to(device, copy=True)
-        self.offsets = torch.from_numpy(self._offsets).to(device, copy=True)
+    def _on_device(self) -> tuple[torch.Tensor, ...]:
+        if self._uploaded is None:
+            tables = self._sides, self._scales, self._extras, self._offsets
+            self._uploaded = tuple(torch.from_numpy(table).to(self.pool.device, copy=True) for table in tables)
+        return self._uploaded
 
     def _read(self, start: int, count: int, width: int) -> torch.Tensor:
         flat, pieces = self.pool.view(-1), self.pieces(width)
@@ -295,4 +316,4 @@ def _matrices(pairs: Sequence[Pair | None]) -> list[torch.Tensor]:
     present = [pair for pair in pairs if pair is not None]
     rows = [row for pair in present for row in (pair.bias_N, pair.gain_N) if row is not None]
     matrices = [pair.a_rK for pair in present] + [pair.b_Nr.T for pair in present] + [row[None] for row in rows]
-    return [matrix for matrix in matrices if len(matrix)]
+    return [matrix for matrix in matrices if matrix.shape[0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from toolkit.serving.adapters.target import Target
 
 _READ = ("*.safetensors", "*config.json", "*.index.json")
 
+SETTLED = 2.0
+"""Seconds after which a further change of a file shows in its times, on any file system."""
+
 
 def folder_hash(folder: Path) -> str:
     """Return 32 hex digits over the names and contents of a folder's weights and configs."""
@@ -24,6 +28,31 @@ def folder_hash(folder: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+class Stamp:
+    """What tells without reading them that files are still those that were read.
+
+    Args:
+        files: as they are now, before they are read.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+        self._taken = self._look()
+        # A file that was written just now could be written once more without its times showing it.
+        self._settled = all(time.time() - max(mtime, ctime) / 1e9 > SETTLED for *_, mtime, ctime in self._taken)
+
+    def _look(self) -> list[tuple[int, ...]]:
+        stats = [path.stat() for path in self._files]
+        return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
+
+    def holds(self) -> bool:
+        """Whether nothing can have changed; `False` is no proof that something has."""
+        try:
+            return self._settled and self._look() == self._taken
+        except OSError:
+            return False
 
 
 def check_unchanged(folder: Path, key: str, source: str) -> None:

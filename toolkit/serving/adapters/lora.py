@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import torch
 from torch import nn
 from typing_extensions import override
 
-from toolkit.checkpoints.adapters import Adapter, LowRank, open_adapter
+from toolkit.checkpoints.adapters import CONFIG, WEIGHTS, Adapter, LowRank, open_adapter
 from toolkit.errors import CheckpointError
 from toolkit.kernels.grouped_lora import Pair
 from toolkit.serving.adapters.contents import Contents, Source
+from toolkit.serving.adapters.folders import Stamp
 from toolkit.serving.adapters.target import Target
 from toolkit.serving.changes import Replaced
 
@@ -28,7 +30,9 @@ class LoraSource(Source):
 
     def __init__(self, adapter: Adapter, target: Target) -> None:
         self.folder, self.source = adapter.folder, adapter.source
-        self.target = target
+        self.target, self._adapter = target, adapter
+        self._stamp = Stamp([adapter.folder / CONFIG, adapter.folder / WEIGHTS])
+        self._reading = Lock()
         self.key, self.description, self.base = adapter.content_hash, adapter.describe(), adapter.base_model
         self.ranks = {name: adapter.rank(name) for name in adapter.parts}
         self.rescaled = {name for name, part in adapter.parts.items() if part.magnitude}
@@ -62,19 +66,26 @@ class LoraSource(Source):
 
     @override
     def read(self) -> Contents:
-        adapter = open_adapter(self.folder)
-        with adapter.store:
-            if adapter.content_hash != self.key:
-                raise CheckpointError(f"{self.source}: was changed since it was loaded; load it anew")
-            pairs = {name: self._pair(adapter, name) for name in adapter.parts}
-            return Contents(pairs, self._whole(adapter))
+        with self._reading:
+            if not self._stamp.holds():
+                self._look_again()
+            adapter, dtype = self._adapter, self.target.model.dtype
+            with adapter.store:
+                pairs = {name: self._pair(adapter, name, dtype) for name in adapter.parts}
+                return Contents(pairs, self._whole(adapter))
 
-    def _pair(self, adapter: Adapter, name: str) -> Pair:
+    def _look_again(self) -> None:
+        stamp = Stamp([self.folder / CONFIG, self.folder / WEIGHTS])
+        adapter = open_adapter(self.folder)
+        if adapter.content_hash != self.key:
+            raise CheckpointError(f"{self.source}: was changed since it was loaded; load it anew")
+        self._adapter, self._stamp = adapter, stamp
+
+    def _pair(self, adapter: Adapter, name: str, dtype: torch.dtype) -> Pair:
         low_rank, module = adapter.low_rank(name), self.target.modules[name]
         rows, cols = torch.from_numpy(low_rank.rows), torch.from_numpy(low_rank.cols)
         a, b = (rows.T, cols.T) if low_rank.transposed else (cols, rows)
         gain = None if low_rank.magnitude is None else _dora_gain(low_rank, cast(torch.Tensor, module.weight))
-        dtype = self.target.model.dtype
         # What some embeddings multiply their rows with, PEFT multiplies the change with too.
         scale = low_rank.scale * float(getattr(module, "embed_scale", 1.0))
         return Pair(a.to(dtype).contiguous(), b.to(dtype).contiguous(), None if gain is None else gain.to(dtype), scale)
