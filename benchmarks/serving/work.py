@@ -151,7 +151,8 @@ def write_all(folder: Path, size: Size, adapters: int, registered: int) -> Path:
     if not (folder / "base" / "config.json").is_file():
         write_base(folder / "base", size)
     for seed in range(registered):
-        path = folder / "adapters" / f"a{seed}"
-        if not (path / "adapter_config.json").is_file():
+        path, config = folder / "adapters" / f"a{seed}", folder / "adapters" / f"a{seed}" / "adapter_config.json"
+        is_there = config.is_file() and (seed >= adapters or json.loads(config.read_text())["r"] == RANK)
+        if not is_there:
             write_adapter(path, size, seed, RANK if seed < adapters else 1)
     return folder

@@ -215,6 +215,20 @@ def test_an_adapter_is_read_while_others_are_answered(base, loras, monkeypatch):
         assert slow.answer().tokens == tiny.greedy(tiny.load_merged(base, loras["wide"]), [1, 2, 3], ENOUGH)
 
 
+def test_adapters_of_those_who_wait_are_read_while_the_batch_is_full(base, loras):
+    names = ["plain", "few", "wide"]
+    with Engine(str(base), loras, limits=Limits(max_requests=1)) as engine:
+        tickets = [engine.submit([1, 2], name, GREEDY) for name in names]
+        while not tickets[0].request.output:
+            engine.step()
+        assert [name for name in names[1:] if engine.adapters.infos[name].key in engine.adapters.loader._coming]
+        assert engine.adapters.loader.num_loads == 1, "nothing is taken before there is room for it"
+        while engine.has_work:
+            engine.step()
+        assert engine.adapters.loader.num_loads == 3
+        engine.check()
+
+
 def test_loader_reads_what_a_request_needs_all_or_none():
     gate = threading.Event()
 

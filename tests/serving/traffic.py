@@ -56,6 +56,9 @@ class Adapters:
             self.asked[key] = self.asked.get(key, 0) + 1
         return all(self.asked[key] > self.delay for key in mix.keys)
 
+    def expect(self, mix: Mix) -> bool:
+        return False
+
     def pages(self, mix: Mix) -> int:
         return sum(self.sizes[key] for key in mix.keys)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
 
 from toolkit.serving.request import Request
 
@@ -66,8 +67,12 @@ class FairQueue:
 
     def _forget(self) -> None:
         """Drop the counters of absent clients that coming back would lift anyway, or all when nobody is there."""
+        lowest: dict[tuple[str, ...], float] = {}
+        for client in self._present:
+            rivals, served = client[:-1], self.served.get(client, 0.0)
+            lowest[rivals] = min(served, lowest.get(rivals, served))
         for client in [c for c in self.served if c not in self._present]:
-            if not self._present or self.served[client] <= self._lowest(client):
+            if not self._present or self.served[client] <= lowest.get(client[:-1], 0.0):
                 del self.served[client]
 
     def add(self, request: Request, *, front: bool = False) -> None:
@@ -92,13 +97,19 @@ class FairQueue:
         The caller removes a request that it takes and charges for it before it asks for the next; one that it leaves
         closes its line until `turns` is called anew.
         """
-        closed: set[tuple[int, str, str]] = set()
-        while lines := [line for line in self._waiting if line not in closed]:
-            line = min(lines, key=self._turn)
+        heap = [(self._turn(line), line) for line in self._waiting]
+        heapify(heap)
+        while heap:
+            turn, line = heappop(heap)
+            if line not in self._waiting:
+                continue
+            if (now := self._turn(line)) > turn:  # it was served meanwhile
+                heappush(heap, (now, line))
+                continue
             request = next(iter(self._waiting[line]))
             yield request
-            if request in self._waiting.get(line, ()):
-                closed.add(line)
+            if line in self._waiting and request not in self._waiting[line]:
+                heappush(heap, (self._turn(line), line))
 
     def _turn(self, line: tuple[int, str, str]) -> Turn:
         priority, key, model = line

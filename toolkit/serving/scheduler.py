@@ -43,6 +43,10 @@ class Residents(Protocol):
         """Tell whether the adapters can be put into the pool now; see to it that they soon can, if not."""
         ...
 
+    def expect(self, mix: Mix) -> bool:
+        """Begin to read adapters that will be asked for; `False` if so much is being read that it is of no use."""
+        ...
+
     def pages(self, mix: Mix) -> int:
         """Return the pages that the adapters take, all of them together."""
         ...
@@ -66,6 +70,10 @@ class NoAdapters:
     def prepare(self, mix: Mix) -> bool:
         """See `Residents`."""
         return True
+
+    def expect(self, mix: Mix) -> bool:
+        """See `Residents`."""
+        return False
 
     def pages(self, mix: Mix) -> int:
         """See `Residents`."""
@@ -178,20 +186,31 @@ class Scheduler:
         return min(count, len(request.blocks) * self.pool.page_size - used)
 
     def _start(self, step: dict[Request, int]) -> None:
-        """Start waiting requests in their turn; one that does not fit yet is not overtaken."""
-        for request in self.waiting.turns():
+        """Start waiting requests in their turn; one that does not fit yet is not overtaken, and while it waits the
+        adapters of those behind it are read."""
+        turns = self.waiting.turns()
+        for request in turns:
             if sum(step.values()) >= self.max_batch_tokens:
-                return
+                break
             if not self.adapters.prepare(request.mix) or (self.prefixes and self.prefixes.is_coming(request)):
                 continue
-            while not self._has_room(request):
-                last = max(self.running, key=_rank, default=None)
-                if last is None or last.priority <= request.priority:
-                    return
-                step.pop(last, None)
-                self._preempt(last)
+            if not self._make_room(request, step):
+                break
             self._admit(request)
             self._give(request, min(self.max_batch_tokens - sum(step.values()), request.num_pending), step)
+        for request in turns:
+            if not self.adapters.expect(request.mix):
+                return
+
+    def _make_room(self, request: Request, step: dict[Request, int]) -> bool:
+        """Push out requests of lower priority until one can start; `False` if it has to wait all the same."""
+        while not self._has_room(request):
+            last = max(self.running, key=_rank, default=None)
+            if last is None or last.priority <= request.priority:
+                return False
+            step.pop(last, None)
+            self._preempt(last)
+        return True
 
     def _has_room(self, request: Request) -> bool:
         """Tell whether a request can start, with a page left for each that runs, so that it does not leave at once."""

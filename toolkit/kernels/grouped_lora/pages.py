@@ -295,11 +295,15 @@ class PagedPairs:
 
     def _read(self, start: int, count: int, width: int) -> torch.Tensor:
         flat, pieces = self.pool.view(-1), self.pieces(width)
-        begins = self._offsets[start : start + count * pieces].astype(np.int64) * ALIGN
-        steps = np.unique(np.diff(begins))
-        if pieces == 1 and len(steps) <= 1 and (steps > 0).all():
-            return flat.as_strided((count, width), (int(steps[0]) if len(steps) else width, 1), int(begins[0]))
-        return flat[self._elements(start, count, width)]
+        if pieces > 1:
+            return flat[self._elements(start, count, width)]
+        begins = self._offsets[start : start + count].tolist()
+        step = begins[1] - begins[0] if count > 1 else -(-width // ALIGN)
+        if step > 0 and begins == list(range(begins[0], begins[0] + count * step, step)):
+            return flat.as_strided((count, width), (step * ALIGN, 1), begins[0] * ALIGN)
+        # All rows that could begin anywhere, of which the right ones are copied.
+        rows = flat.as_strided(((len(flat) - width) // ALIGN + 1, width), (ALIGN, 1))
+        return rows[torch.tensor(begins, device=flat.device)]
 
     def _elements(self, start: int, count: int, width: int) -> torch.Tensor:
         pieces, columns = self.pieces(width), np.arange(width)

@@ -10,7 +10,7 @@ nobody uses stay there until the room is needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from toolkit.kernels.grouped_lora.routes import Routes
 from toolkit.serving.adapters.contents import Contents, Prefix, Source
 from toolkit.serving.adapters.open import open_source
 from toolkit.serving.adapters.target import Target
-from toolkit.serving.adapters.tiers import HostTier, Loader
+from toolkit.serving.adapters.tiers import MOST_AHEAD, HostTier, Loader
 from toolkit.serving.adapters.tuned import SharedTensors
 from toolkit.serving.memory import Memory
 from toolkit.serving.mix import AUTO, BASE, Mix, Named
@@ -227,7 +227,7 @@ class AdapterPool:
 
     def prepare(self, mix: Mix) -> bool:
         """See `Residents`: read what is neither on the device nor on the host, in the background."""
-        missing = [key for key in mix.keys if self._entries[key].block is None and key not in self.host]
+        missing = self._missing(mix)
         if not missing:
             return True
         found = self.loader.collect(missing)
@@ -236,9 +236,20 @@ class AdapterPool:
         if len(found) == len(missing):
             return True
         if not any(key in self.loader.failures for key in missing):
-            entries = {key: self._entries[key] for key in missing}
-            self.loader.ask(missing, lambda key: entries[key].read())
+            self.loader.ask(missing, self._reader(missing))
         return False
+
+    def expect(self, mix: Mix) -> bool:
+        """See `Residents`."""
+        missing = self._missing(mix)
+        return not missing or self.loader.ask(missing, self._reader(missing), MOST_AHEAD)
+
+    def _missing(self, mix: Mix) -> list[str]:
+        return [key for key in mix.keys if self._entries[key].block is None and key not in self.host]
+
+    def _reader(self, keys: Sequence[str]) -> Callable[[str], Contents]:
+        entries = {key: self._entries[key] for key in keys}
+        return lambda key: entries[key].read()
 
     def pages(self, mix: Mix) -> int:
         """See `Residents`."""

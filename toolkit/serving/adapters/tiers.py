@@ -50,8 +50,11 @@ class HostTier:
             self.nbytes -= contents.nbytes
 
 
-MOST_COMING = 8
-"""Contents that are read ahead."""
+MOST_COMING = 24
+"""Contents that are read, or have been and were not collected yet."""
+
+MOST_AHEAD = 16
+"""The same of those that requests farther back in the queue will ask for; the others are for who is next."""
 
 
 class Loader:
@@ -68,12 +71,14 @@ class Loader:
         self.failures: dict[str, str] = {}
         self.num_loads = 0
 
-    def ask(self, keys: Sequence[str], read: Callable[[str], Contents]) -> None:
-        """Begin to read what is not being read yet, unless much is coming already."""
+    def ask(self, keys: Sequence[str], read: Callable[[str], Contents], most: int = MOST_COMING) -> bool:
+        """Begin to read what is not being read yet; `False` if so much is coming already that it must wait."""
         new = [key for key in keys if key not in self._coming]
-        if not self._coming or len(self._coming) + len(new) <= MOST_COMING:
-            for key in new:
-                self._coming[key] = self._threads.submit(read, key)
+        if self._coming and len(self._coming) + len(new) > most:
+            return False
+        for key in new:
+            self._coming[key] = self._threads.submit(read, key)
+        return True
 
     def collect(self, keys: Sequence[str]) -> dict[str, Contents]:
         """Return what was asked for, once, when all of it has been read; what could not be is among the failures."""
