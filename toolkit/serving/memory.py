@@ -96,7 +96,10 @@ class Memory:
     def _places(self) -> list[tuple[int, int]]:
         """First unit of each kind of chunk, and units of one."""
         counts = [chunks.shape[1] // self.units.shape[1] for chunks in self._chunks]
-        return [(self.num_pages * before, count) for before, count in zip(accumulate(counts, initial=0), counts, strict=False)]
+        return [
+            (self.num_pages * before, count)
+            for before, count in zip(accumulate(counts, initial=0), counts, strict=False)
+        ]
 
     @staticmethod
     def _range(page: int, first: int, count: int) -> range:

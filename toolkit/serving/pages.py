@@ -6,8 +6,8 @@ stay as they are until somebody needs the room, and go the longest unused first.
 adapters that nobody uses just now share what is left of one pool (Sheng et al., "S-LoRA: Serving Thousands of
 Concurrent LoRA Adapters", 2023, arXiv:2311.03285, has keys, values and adapters in one pool).
 
-A sequence may lie anywhere, but one whose pages follow each other can be read where it lies. So a sequence begins in the
-middle of the longest stretch of free pages and grows into it, and what does not grow takes the first pages that are
+A sequence may lie anywhere, but one whose pages follow each other can be read where it lies. So a sequence begins in
+the middle of the longest stretch of free pages and grows into it, and what does not grow takes the first pages that are
 free.
 """
 

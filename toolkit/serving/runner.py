@@ -195,15 +195,16 @@ class Runner:
         device = self.model.device
         lengths = [work.request.num_virtual + work.request.num_computed + work.count for work in ordered]
         width = -(-max(lengths) // self.page_size)
-        tables, slots = [], []
+        tables, slots, firsts = [], [], []
         for work, length in zip(ordered, lengths, strict=True):
             pages = work.request.pages
+            firsts.append(_first_page(pages, self.page_size, length))
             tables.append((pages + [0] * width)[:width])
             slots += self._slots(pages, length - work.count, length)
         return PagedBatch(
             starts=[0, *ends],
             lengths=lengths,
-            first_pages=[_first_page(work.request.pages, self.page_size, n) for work, n in zip(ordered, lengths, strict=True)],
+            first_pages=firsts,
             tables=torch.tensor(tables, device=device),
             slots=torch.tensor(slots, device=device),
             num_decodes=sum(work.count == 1 for work in ordered),

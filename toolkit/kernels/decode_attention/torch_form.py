@@ -94,8 +94,9 @@ def _where_they_lie(
     q_S1GRD = q_SHD.view(len(q_SHD), 1, cache.heads, -1, q_SHD.shape[2])
     found = []
     for span, start in starts.items():
-        own = (t.narrow(2, start, span.stop - span.first) for t in (k_1GND, v_1GND))
-        out, lse = dense_attention(q_S1GRD[span.members[0]], *own, None, scoring)
+        count = span.stop - span.first
+        k_1GLD, v_1GLD = k_1GND.narrow(2, start, count), v_1GND.narrow(2, start, count)
+        out, lse = dense_attention(q_S1GRD[span.members[0]], k_1GLD, v_1GLD, None, scoring)
         found.append((out.reshape(1, *q_SHD.shape[1:]), lse.reshape(1, -1)))
     return found
 

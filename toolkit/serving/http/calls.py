@@ -118,7 +118,8 @@ class Call:
     def _note(self, index: int, delta: Delta) -> None:
         record = self.record
         if delta.finished == "error":
-            raise ApiError(504, delta.error, "timeout") if delta.timed_out else ApiError(500, delta.error, "engine_error")
+            status, code = (504, "timeout") if delta.timed_out else (500, "engine_error")
+            raise ApiError(status, delta.error, code)
         if delta.num_tokens and record.first_token is None:
             record.first_token = time.monotonic()
         if delta.finished:
