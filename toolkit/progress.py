@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,13 +55,56 @@ class Progress:
         self.board, self.state = board, state
 
     def advance(self, amount: float = 1) -> None:
-        """Count `amount` more units as done."""
+        """Count `amount` more units as done.
+
+        Raises:
+            KeyboardInterrupt: there was one, and Python lost it; see `interruptible`.
+        """
+        _raise_lost_interrupt()
         self.state = replace(self.state, done=self.state.done + amount)
         self.board.show(self.state.label, self.state)
 
     def note(self, text: str) -> None:
         """Show a short text beside the count."""
         self.state = replace(self.state, text=text)
+
+
+_interrupted = False
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Make Ctrl-C end the block wherever it arrives.
+
+    An exception that is raised while an object is being finalised is printed and forgotten, `KeyboardInterrupt` too;
+    work that shows progress then raises it again.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        global _interrupted
+        _interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _forget_interrupt()
+
+
+def _raise_lost_interrupt() -> None:
+    if _interrupted:
+        _forget_interrupt()
+        raise KeyboardInterrupt
+
+
+def _forget_interrupt() -> None:
+    global _interrupted
+    _interrupted = False
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import typer
 
 from toolkit.errors import SpecError, ToolkitError
+from toolkit.progress import interruptible
 
 FAILED, WRONG_SPEC = 1, 2
 """Exit codes: something failed; the command line or a spec is wrong. An interrupted command ends with 130."""
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     named = given[0] if given and given[0] in COMMANDS else None
     try:
-        _app([named] if named else COMMANDS)(given)
+        with interruptible():
+            _app([named] if named else COMMANDS)(given)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except SpecError as error:
