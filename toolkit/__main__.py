@@ -1,7 +1,5 @@
 """`python -m toolkit`."""
 
-import sys
+from toolkit.cli import run
 
-from toolkit.cli import main
-
-sys.exit(main())
+run()

@@ -6,6 +6,7 @@ A command's file is imported when the command is called, or help is asked for; w
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -14,8 +15,8 @@ import typer
 from toolkit.errors import SpecError, ToolkitError
 from toolkit.progress import interruptible
 
-FAILED, WRONG_SPEC = 1, 2
-"""Exit codes: something failed; the command line or a spec is wrong. An interrupted command ends with 130."""
+FAILED, WRONG_SPEC, INTERRUPTED = 1, 2, 130
+"""Exit codes: something failed; the command line or a spec is wrong; Ctrl-C, as shells have it."""
 
 COMMANDS = {
     "quickstart": "quickstart:quickstart",
@@ -87,7 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> None:
     """Run the command line and end the process; the entry point of `toolkit`."""
-    sys.exit(main())
+    code = main()
+    if code == INTERRUPTED:
+        # What was open is closed. What libraries do when Python ends can wait for ever for a thread or a queue that
+        # the interrupt broke, as the writer of TensorBoard's files does.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _report(error: ToolkitError, code: int) -> int:
