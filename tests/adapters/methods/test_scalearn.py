@@ -206,3 +206,11 @@ def test_mistakes(tmp_path):
 
     with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors"):
         attach(tiny.llama(), "scalearn", sources={"a": str(folder)})
+
+
+def test_scales_keep_to_their_sources_whatever_their_order(sources, tmp_path):
+    given = dict(reversed(paths(sources).items()))
+    model = attach(tiny.llama(), "scalearn", sources=given, uniform=True)
+    set_scales(model, [0.2, 0.5, 1.1])
+    again = PeftModel.from_pretrained(tiny.llama(), save(model, tmp_path / "out"))
+    assert torch.equal(logits(model), logits(again))

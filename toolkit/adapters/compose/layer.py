@@ -39,7 +39,8 @@ class ComposedConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.sources = dict(self.sources)
+        # In the order of the file: PEFT writes keys sorted, and the numbers of a mixture follow the sources.
+        self.sources = dict(sorted(self.sources.items()))
         for name in self.sources:
             if not _NAME.fullmatch(name) or name == "default":
                 raise ValueError(f"sources: an adapter cannot be called {name!r}; take letters, digits, _ and -")
