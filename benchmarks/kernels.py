@@ -16,7 +16,9 @@ from toolkit.kernels.launch import GENERATIONS
 LORA = ["decode", "decode_float32", "prefill", "prefill_float32", "backward", "embedding"]
 ATTENTION = [f"attend_in_{what}{dtype}" for what in ("prefill", "training", "decode") for dtype in ("", "_float32")]
 CODES = ["attend_to_codes", "attend_to_half_codes", "quantize", "quantize_to_half_codes"]
-CASES = [*LORA, *ATTENTION, *CODES, "merge"]
+DELTAS = [f"{what}_in_{when}" for what in ("masks", "signs") for when in ("decode", "prefill")]
+FLOAT32 = ["masks_in_decode_float32", "masks_in_prefill_float32"]
+CASES = [*LORA, *ATTENTION, *CODES, *DELTAS, *FLOAT32, "merge", "merge_weights"]
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
 
 

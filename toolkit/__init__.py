@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from toolkit.merge.learning.learn import learn
     from toolkit.merge.moe.build import build_moe
     from toolkit.merge.plan import make_plan as plan_merge
-    from toolkit.merge.record import verify as verify_merge
     from toolkit.merge.run import merge
+    from toolkit.merge.verify import verify as verify_merge
     from toolkit.models.load import load_model
     from toolkit.routing.calibrate import calibrate_router
     from toolkit.routing.compare import compare_routers
     from toolkit.routing.fit import fit_router
+    from toolkit.routing.fusion.run import fuse_logits
     from toolkit.routing.router import Router, load_router
     from toolkit.serving.engine import Engine
     from toolkit.serving.request import Sampling
@@ -49,6 +50,7 @@ _PUBLIC = {
     "explain_route": "toolkit.jobs.route:explain_route",
     "extract": "toolkit.merge.extract:extract",
     "fit_router": "toolkit.routing.fit:fit_router",
+    "fuse_logits": "toolkit.routing.fusion.run:fuse_logits",
     "inspect": "toolkit.jobs.inspect:inspect",
     "learn": "toolkit.merge.learning.learn:learn",
     "load_model": "toolkit.models.load:load_model",
@@ -60,7 +62,7 @@ _PUBLIC = {
     "search": "toolkit.jobs.search.run:search",
     "serve": "toolkit.serving.serve:serve",
     "train": "toolkit.adapters.train:train",
-    "verify_merge": "toolkit.merge.record:verify",
+    "verify_merge": "toolkit.merge.verify:verify",
     "write_skills": "toolkit.jobs.skills:write_skills",
 }
 
@@ -79,6 +81,7 @@ __all__ = [
     "explain_route",
     "extract",
     "fit_router",
+    "fuse_logits",
     "inspect",
     "learn",
     "load_model",

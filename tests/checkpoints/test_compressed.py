@@ -73,6 +73,7 @@ def read(delta: CompressedDelta, name: str, start: int, stop: int) -> np.ndarray
     return out
 
 
+@pytest.mark.system("tall_masks")
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 63, 1001])
 def test_bits_are_packed_from_the_lowest(count):
     bits = np.random.default_rng(count).random(count) < 0.5

@@ -74,12 +74,13 @@ def test_merge(run, merge_spec, tmp_path):
 
 
 COMMON = "--lazy-unpickle --low-cpu-memory --read-to-gpu --multi-gpu --async-write --clone-tensors --allow-crimes"
-VALUED = "--write-threads 2 --lora-merge-cache cache --lora-merge-dtype float32 --num-threads 1 --out-shard-size 1GB"
+VALUED = "--write-threads 2 --lora-merge-cache cache --lora-merge-dtype float32 --num-threads 1 --out-shard-size 5B"
+"""mergekit's 5B are billions; of bytes, each tensor would be a file."""
 
 
 def test_options_of_mergekit_change_nothing(run, merge_spec, tmp_path):
     assert run("merge", merge_spec, tmp_path / "plain", "-q")[0] == 0
-    options = [*COMMON.split(), *VALUED.split(), "--safe-serialization", "--no-trust-remote-code"]
+    options = [*COMMON.split(), *VALUED.split(), "--safe-serialization", "--no-trust-remote-code", "-v"]
     assert run("merge", merge_spec, tmp_path / "out", "-q", *options)[0] == 0
     for file in ("model.safetensors", "merge.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()

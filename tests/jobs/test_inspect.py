@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -197,6 +198,17 @@ def test_what_does_not_fit_is_told_and_not_measured(base, tuned, other, tmp_path
     nothing = inspect(base, other, plot=tmp_path / "other.png", quiet=True)
     assert "deltas" not in nothing.numbers
     assert not (tmp_path / "other.png").exists()
+
+
+def test_other_tokens_are_told_although_all_shapes_agree(base, tuned, tmp_path):
+    folder = shutil.copytree(tuned[0], tmp_path / "shuffled")
+    data = json.loads((folder / "tokenizer.json").read_text())
+    known = data["model"]["vocab"]
+    known.update(zip(list(known)[:50], list(known.values())[49::-1], strict=True))
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    result = inspect(base, tuned[0], folder)
+    count = len(known) + len(data["added_tokens"])
+    assert result.numbers["faults"] == [f"{folder}: 50 of {count} tokens have ids that mean other tokens in {base}"]
 
 
 def test_nan_and_infinity_are_named(base, tmp_path):

@@ -531,8 +531,29 @@ def test_a_merge_may_be_an_input(base, loras, planted, tmp_path):
     assert result.numbers["scores"][label]["t"] == wanted
     again = score_of_spec(tmp_path / "out" / "best.yaml", base, tasks["t"], tmp_path / "again")
     assert again == result.numbers["tuning"]["tuned"]["scores"]["t"]
-    with pytest.raises(SpecError, match=r"merge\.base_model: a folder or a hub id is needed"):
-        search(spec | {"merge": merge | {"base_model": inner}}, tmp_path / "no", quiet=True)
+
+
+def test_a_merge_may_be_the_base(base, loras, planted, tmp_path):
+    """Its row and those of LoRAs on it are what would be scored if it were written out."""
+    inner = merge_spec(base, loras, (0.3, 0.9), dtype="float32")
+    del inner["output"]
+    models = [{"model": str(loras["few"]), "parameters": {"weight": 0.5}}]
+    merge = {"merge_method": "task_arithmetic", "base_model": inner, "models": models}
+    tasks = {"t": {"data": str(planted["tune"]), "metric": "perplexity"}}
+    options = {"method": "random", "budget": 3, "parameters": ["base_model.models[1].parameters.weight"]}
+    spec = {"merge": merge, "tasks": tasks, "search": options, "merged": False, "device": "cpu"}
+    result = search(spec, tmp_path / "out", quiet=True)
+    scores = result.numbers["scores"]
+    assert list(scores) == ["base", loras["few"].name, "untuned merge", "tuned merge"]
+    (tmp_path / "inner.yaml").write_text(yaml.safe_dump(inner))
+    assert scores["base"]["t"] == score_of_spec(tmp_path / "inner.yaml", base, tasks["t"], tmp_path / "inner")
+    on_it = {"base": str(tmp_path / "inner"), "adapters": {"m": str(loras["few"])}, "tasks": tasks, "device": "cpu"}
+    wanted = evaluate(on_it | {"rows": {"m": "m"}}, quiet=True).numbers["scores"]["m"]["t"]
+    assert scores[loras["few"].name]["t"] == pytest.approx(wanted, rel=1e-4)
+    again = score_of_spec(tmp_path / "out" / "best.yaml", base, tasks["t"], tmp_path / "again")
+    assert again == result.numbers["tuning"]["tuned"]["scores"]["t"]
+    with pytest.raises(SpecError, match=r"merge\.base_model: is a merge, and a change of it could not name it"):
+        search(spec | {"merge": merge | {"output": {"type": "adapter"}}}, tmp_path / "no", quiet=True)
 
 
 def test_command_line_without_a_spec(base, loras, planted, tmp_path, capsys, monkeypatch):

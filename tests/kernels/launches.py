@@ -9,10 +9,14 @@ import torch
 
 from toolkit.kernels.decode_attention import SharedPrefix, decode_attention, quantized_decode_attention
 from toolkit.kernels.decode_attention import triton_form as decode_form
+from toolkit.kernels.delta_linear import BitDeltas, delta_linear
+from toolkit.kernels.delta_linear import triton_form as delta_form
 from toolkit.kernels.grouped_lora import PagedPairs, Pair, Routes, paged_lora, paged_lora_backward, triton_form
 from toolkit.kernels.kv_quant import QuantizedCache, quantize_pages
 from toolkit.kernels.kv_quant import triton_form as quant_form
 from toolkit.kernels.launch import Table
+from toolkit.kernels.merge_elementwise import KeptAtRandom, KeptLargest, Vote, merge_elementwise
+from toolkit.kernels.merge_elementwise import triton_form as elementwise_form
 from toolkit.kernels.merge_states import merge_states
 from toolkit.kernels.merge_states import triton_form as merge_form
 from toolkit.kernels.prefill_attention import packed_attention, prefill_attention
@@ -169,3 +173,55 @@ def merge() -> Table:
     """Three parts."""
     merge_states(torch.zeros(3, 8, 32, 128, dtype=torch.bfloat16), torch.zeros(3, 8, 32), impl="triton")
     return merge_form.TABLE
+
+
+def add_deltas(tasks: list[int], dtype: torch.dtype, *, mask: bool) -> Table:
+    """Linears of 4096 features of eight fine-tunes."""
+    n, k = 1024, 4096
+    vector = torch.zeros(n, k, dtype=dtype) if mask else None
+    deltas = BitDeltas(torch.zeros(8, n, k // 8, dtype=torch.uint8), torch.ones(8, 1), vector)
+    rows = len(tasks)
+    delta_linear(torch.zeros(rows, n, dtype=dtype), torch.zeros(rows, k, dtype=dtype), tasks, deltas, impl="triton")
+    return delta_form.TABLE
+
+
+def masks_in_decode(dtype: torch.dtype = torch.bfloat16) -> Table:
+    """One row per fine-tune."""
+    return add_deltas(list(range(8)), dtype, mask=True)
+
+
+def masks_in_prefill(dtype: torch.dtype = torch.bfloat16) -> Table:
+    """Hundreds of rows per fine-tune."""
+    return add_deltas([row // 512 for row in range(4096)], dtype, mask=True)
+
+
+def masks_in_decode_float32() -> Table:
+    """The same in float32."""
+    return masks_in_decode(torch.float32)
+
+
+def masks_in_prefill_float32() -> Table:
+    """The same in float32."""
+    return masks_in_prefill(torch.float32)
+
+
+def signs_in_decode() -> Table:
+    """One row per fine-tune of signs."""
+    return add_deltas(list(range(8)), torch.bfloat16, mask=False)
+
+
+def signs_in_prefill() -> Table:
+    """Hundreds of rows per fine-tune of signs."""
+    return add_deltas([row // 512 for row in range(4096)], torch.bfloat16, mask=False)
+
+
+def merge_weights() -> Table:
+    """Three models by sum, by sign with the largest elements, and with elements at random."""
+    x, base = torch.zeros(3, 2**18), torch.zeros(2**18)
+    weights, keys = [0.2, 0.3, 0.5], torch.zeros(3, 4, 2, dtype=torch.int32)
+    random = KeptAtRandom(keys, [2**31] * 3, [2.0] * 3)
+    largest = KeptLargest([2**29] * 3, [7] * 3)
+    for options in ({}, {"kept": largest, "vote": Vote()}, {"kept": random, "vote": Vote("total", -1.0, "count")}):
+        merge_elementwise(x, weights, base_N=base, impl="triton", **options)
+    merge_elementwise(x.bfloat16(), [0.5] * 3, kept=random, impl="triton")
+    return elementwise_form.TABLE

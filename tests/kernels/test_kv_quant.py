@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.attention import Case, check
-from tests.kernels.harness import DEVICE, DOT_DTYPES, mutated
+from tests.kernels.harness import DEVICE, DOT_DTYPES, INTERPRETED, mutated
 from toolkit.kernels.decode_attention import SharedPrefix, decode_attention, quantized_decode_attention
 from toolkit.kernels.decode_attention import triton as decode_kernels
 from toolkit.kernels.kv_quant import QuantizedCache, quantize_pages
@@ -187,3 +187,21 @@ def test_what_does_not_fit_is_refused():
         quantize_pages(full.half(), full.half(), cache, [(0, 0, 1)])
     with pytest.raises(ValueError, match="queries"):
         quantized_decode_attention(full[:, 0].half(), cache, [1, 1], torch.zeros(2, 1, dtype=torch.int64), scale=1.0)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="takes memory that is not there on a GPU")
+def test_pages_beyond_two_to_the_31():
+    """Memory that is never touched costs nothing, so pages lie far apart without being allocated."""
+    case = Case([40, 7], dtype=torch.float16, page=PAGE)
+    expected, far = quantized(case, 8, "triton"), 2**29 + 48
+    pages = len(case.k_cache)
+    memory = torch.empty_strided((pages * far,), (1,), dtype=torch.float16)
+    assert max(source for source, _, _ in pages_of(case)) * far > 2**31
+    caches = [memory.as_strided(case.k_cache.shape, (far, 64, 32, 1), start) for start in (0, 2048)]
+    for view, values in zip(caches, (case.k_cache, case.v_cache), strict=True):
+        view.copy_(values)
+    case.k_cache, case.v_cache = caches
+    got = quantized(case, 8, "triton")
+    written = [target for _, target, _ in pages_of(case)]
+    names = ("k_codes", "k_scale", "k_low", "v_codes", "v_scale", "v_low")
+    assert all(torch.equal(getattr(got, name)[written], getattr(expected, name)[written]) for name in names)

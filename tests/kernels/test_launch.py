@@ -12,7 +12,7 @@ import torch
 from tests.kernels.harness import INTERPRETED, ROOT
 from toolkit.errors import UnsupportedError
 from toolkit.kernels.impl import resolve
-from toolkit.kernels.launch import Configuration, Table, generation_of, launch, record
+from toolkit.kernels.launch import GENERATIONS, Configuration, Table, generation_of, launch, record
 
 ROWS = [
     {"from": {}, "BLOCK": 16, "num_warps": 1, "num_stages": 1},
@@ -32,7 +32,8 @@ def test_the_last_configuration_whose_bounds_are_reached(table):
     blocks = [table.choose("kernel", 80, width=w, bytes=b).constants["BLOCK"] for w, b in ((63, 4), (64, 2), (99, 4))]
     assert blocks == [16, 32, 8]
     assert table.choose("kernel", 80, width=64, bytes=4) == Configuration({"BLOCK": 8}, 4, 2, None, "a reason")
-    assert table.choose("kernel", 80, width=64, bytes=2).options == {"num_warps": 2, "num_stages": 1, "maxnreg": 96}
+    options = {"num_warps": 2, "num_stages": 1, "maxnreg": 96, "enable_fp_fusion": True}
+    assert table.choose("kernel", 80, width=64, bytes=2).options == options
 
 
 def test_all_are_those_that_can_be_chosen(table):
@@ -57,7 +58,8 @@ def test_launches_are_recorded_and_empty_grids_are_none():
         launch(kernel, (3, 2), {"x": x}, Configuration({"BLOCK": 16}, 4, 2))
         launch(kernel, (3, 0), {"x": x}, Configuration({"BLOCK": 16}, 4, 2))
     assert [(one.name, one.grid) for one in launches] == [("kernel", (3, 2))]
-    assert kernel.calls == [((3, 2), {"x": x, "BLOCK": 16, "num_warps": 4, "num_stages": 2, "maxnreg": None})]
+    options = {"num_warps": 4, "num_stages": 2, "maxnreg": None, "enable_fp_fusion": True}
+    assert kernel.calls == [((3, 2), {"x": x, "BLOCK": 16, **options})]
     with record(run=False) as launches:
         launch(kernel, (1,), {"x": x}, Configuration({}, 4, 2))
     assert len(launches) == len(kernel.calls) == 1
@@ -84,3 +86,27 @@ def test_triton_is_the_default_on_a_gpu_only():
     assert resolve("triton", forms, torch.device("cpu"), "op") == "triton"
     with pytest.raises(UnsupportedError, match="has no form"):
         resolve("triton", forms[1:], torch.device("cuda"), "op")
+
+
+def test_no_kernel_adds_by_atomics():
+    """Results do not change between runs, and nothing is zeroed first."""
+    files = sorted((ROOT / "toolkit" / "kernels").glob("*/triton.py"))
+    assert len(files) > 5
+    assert not [file for file in files if "tl.atomic" in file.read_text()]
+
+
+OPERATIONS = sorted(path.parent for path in (ROOT / "toolkit" / "kernels").glob("*/triton.py"))
+
+
+@pytest.mark.parametrize("folder", OPERATIONS, ids=lambda folder: folder.name)
+def test_every_operation_has_the_same_files(folder):
+    """So that a new one can be made like any of them; fast forms never rest on the specification."""
+    names = {path.name for path in folder.glob("*.*")}
+    assert {"__init__.py", "api.py", "reference.py", "triton.py", "triton_form.py", "table.json"} <= names
+    for name in ("triton.py", "triton_form.py"):
+        assert ".reference" not in (folder / name).read_text()
+    kernels = {generation: Table(folder / "table.json").kernels(generation) for generation in GENERATIONS}
+    assert len({tuple(names) for names in kernels.values()}) == 1
+    code = (folder / "triton.py").read_text()
+    assert all(f"def {name}(" in code for name in kernels[90])
+    assert f"`{folder.name}`" in (ROOT / "docs" / "kernels.md").read_text() or folder.name == "grouped_lora"

@@ -406,6 +406,23 @@ def test_decode_reads_every_factor_once_with_enough_programs(ranks):
         assert min(np.prod(launched.grid) for launched in launches) >= 2 * GENERATIONS[90].multiprocessors
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_any_mix_of_ranks_reads_a_tenth_more_than_the_factors_at_most(seed):
+    """Some adapters have one row, some up to a whole tile, and ranks are anything."""
+    rng = np.random.default_rng(seed)
+    ranks = [(int(rank),) for rank in rng.integers(1, 65, 6)]
+    slots = [slot for slot in range(6) for _ in range(rng.choice([1, 1, 2, 5, 16]))]
+    case = Case(rng.permutation([*slots, -1, -1]), torch.float16, ranks=ranks, k=768, widths=(512,))
+    case.pairs, case.biases = case.place(1024), [None]
+    (y,) = case.base()
+    with count_traffic(case.pairs.pool, y) as (pool, out):
+        paged_lora([y], case.x, case.routes, case.pairs, impl="triton")
+    ideal = 2 * (768 + 512) * sum(rank for (rank,) in ranks)
+    assert pool.touched.sum() * 2 == ideal
+    assert pool.loaded <= 1.1 * ideal
+    assert out.loaded == out.stored == 2 * 512 * len(slots)
+
+
 def test_every_output_belongs_to_one_program_and_few_rows_share_factors():
     slots = [[row % 8, 8 + row % 5] if row % 3 else [row % 8, -1] for row in range(48)]
     case = Case(slots, torch.float16, ranks=[(1 + 5 * i % 37,) for i in range(13)], k=512, widths=(256,))

@@ -55,6 +55,24 @@ def test_a_permuted_model_merges_as_the_model_itself(method, family, tmp_path):
     assert not torch.equal(apart["model.layers.0.mlp.up_proj.weight"], expected["model.layers.0.mlp.up_proj.weight"])
 
 
+@pytest.mark.system("weight_matching")
+def test_order_of_models_that_are_aligned_to_one_reference_means_nothing(family, tmp_path):
+    inner = open_checkpoint(tiny.save_model(tiny.tuned(tiny.llama(), 2), tmp_path / "other"))
+    symmetry = symmetry_of(inner)
+    view = PermutedCheckpoint(inner, symmetry, random_permutations(symmetry, 6))
+    save_file({name: view.tensor(name) for name in view.tensors}, tmp_path / "other" / "model.safetensors")
+    models = [
+        {"model": model, "parameters": {"weight": 0.5}} for model in (family["permuted"], str(tmp_path / "other"))
+    ]
+    spec = {"merge_method": "task_arithmetic", "base_model": family["base"], "align": {}}
+    merge(spec | {"models": models}, tmp_path / "one", quiet=True)
+    merge(spec | {"models": models[::-1]}, tmp_path / "two", quiet=True)
+    two, base = weights(tmp_path / "two"), weights(Path(family["base"]))
+    for name, value in weights(tmp_path / "one").items():
+        torch.testing.assert_close(value, two[name], rtol=0, atol=1e-6)
+        assert (value - base[name]).abs().max() < 0.1, "neither is left permuted"
+
+
 def test_loras_of_the_base_stay_where_they_are(base, loras):
     models = [{"model": str(base), "parameters": {"weight": 1}}, {"model": str(loras["plain"])}]
     spec = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models, "align": {}}

@@ -6,6 +6,7 @@ copies do not wait for each other, is not seen here.
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ from toolkit.merge.device.stream import DeviceScratch, _Rounded
 from toolkit.merge.method import load_method
 from toolkit.merge.plan import make_plan
 from toolkit.merge.random import Draws
-from toolkit.merge.record import verify
 from toolkit.merge.run import merge
+from toolkit.merge.verify import verify
 
 ON_DEVICE = [name for name in NAMES if load_method(name).on_device]
 EXACT = {
@@ -385,6 +386,46 @@ def test_whole_merges_equal_those_on_the_cpu(method, dtype, families, tmp_path, 
     assert {p.name: p.read_bytes() for p in first.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
     if not load_method(method).statistics:
         assert verify(first, quiet=True).numbers["equal"]
+
+
+FUSED: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {}),
+    ("linear", {"normalize": False}),
+    ("task_arithmetic", {"lambda": 0.7}),
+    ("ties", {"density": (0.3, 0.5, 0.7), "normalize": True, "lambda": 0.7}),
+    ("ties", {"preset": "paper", "density": (0.3,) * 3}),
+    ("dare_linear", {"preset": "paper", "density": (0.3, 0.5, 0.7)}),
+    ("dare_ties", {"preset": "paper", "density": (0.3, 0.5, 0.7)}),
+    ("dare_ties", {"density": (0.3, 0.5, 1.0)}),
+]
+
+
+@pytest.mark.parametrize(("method", "params"), FUSED, ids=str)
+def test_kernels_merge_as_numpy_does(method, params, families, tmp_path, monkeypatch):
+    """Methods that are one kernel on a GPU, in Triton's interpreter, against whole merges on the CPU."""
+    kernels = pytest.importorskip("toolkit.kernels.merge_elementwise.triton_form", reason="needs triton")
+    ran: list[Any] = []
+    monkeypatch.setattr(kernels, "launch", lambda *given: (ran.append(given), launch(*given))[1])
+    launch = importlib.import_module("toolkit.kernels.launch").launch
+    monkeypatch.setattr(DeviceScratch, "fuses", True)
+    monkeypatch.setattr(device, "SLICE", 12_000)
+    monkeypatch.setattr(deltas, "CHUNK", 1000)
+    family = families["bfloat16"]
+    spec = spec_of(method, [family[1], family[4], family[2]], family[0], tmp_path)
+    spec["models"] = [{"model": str(path)} for path in (family[1:4] if method == "linear" else family[2:5])]
+    spec["parameters"] = {key: value for key, value in params.items() if not isinstance(value, tuple)}
+    for i, model in enumerate(spec["models"]):
+        own = {key: value[i] for key, value in params.items() if isinstance(value, tuple)}
+        model["parameters"] = own | {"weight": 0.4 + 0.2 * i}
+    expected = weights(merge(spec, tmp_path / "cpu", quiet=True).path)
+    got = weights(merge(spec, tmp_path / "device", quiet=True, device="torch:cpu", workers=1).path)
+    assert ran
+    for name, value in expected.items():
+        if method.startswith("dare") and "preset" not in params:  # whose factor is a ratio of sums
+            np.testing.assert_allclose(got[name], value, rtol=2**-7, atol=1e-6)
+            assert (got[name] == value).mean() > 0.98
+        else:
+            np.testing.assert_array_equal(got[name], value)
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES.values() if d.floating], ids=lambda d: d.name)

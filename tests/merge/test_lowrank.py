@@ -133,6 +133,15 @@ def test_nan_in_an_adapter_is_named(base, loras, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("output", [{"type": "adapter"}, {"type": "compressed"}])
+def test_a_change_of_a_merge_is_refused(output, base, loras, tmp_path):
+    spec = spec_of(base, loras, "task_arithmetic", ("plain", "wide"), output=output)
+    spec["base_model"] = {key: value for key, value in spec.items() if key != "output"}
+    with pytest.raises(SpecError, match="base_model: is a merge, and a change of it could not name it"):
+        merge(spec, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_base_that_joins_the_models_is_no_lora(base, loras, tmp_path):
     """It counts in the average, where its change is 0."""
     spec = spec_of(base, loras, "linear", ("plain",), models=[{"model": str(loras["plain"])}])

@@ -39,6 +39,7 @@ from toolkit.merge.moe.gates import alike
 from toolkit.merge.moe.noise import normals
 from toolkit.merge.moe.plan import make_plan
 from toolkit.merge.random import Draws
+from toolkit.merge.record import sampled_hash
 from toolkit.merge.run import merge
 from toolkit.models.hidden import module_inputs
 from toolkit.models.load import load_model, quiet_transformers
@@ -637,6 +638,23 @@ def test_compressed_deltas_and_merges_are_experts(models, tmp_path):
         torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("mode", ["mlp_input", "cheap_embed"])
+def test_a_merge_is_the_base(mode, models, tmp_path):
+    """Its layers are more than its donor's, and both its weights and its states are those of the folder."""
+    base, first = models["llama"][:2]
+    stacked = {}
+    for name, model in (("base", base), ("other", first)):
+        layers = {"sources": [{"model": str(model), "layer_range": [0, 2]}]}
+        stacked[name] = {"merge_method": "passthrough", "slices": [layers, layers]}
+        merge(stacked[name], tmp_path / name, quiet=True)
+    inner, experts = stacked["base"], [expert(tmp_path / "base", *LETTERS), expert(tmp_path / "other", *DIGITS)]
+    for name, source in (("ours", inner), ("theirs", str(tmp_path / "base"))):
+        build({"base_model": source, "experts": experts, "gate_mode": mode}, tmp_path / f"{name}.out")
+    ours, theirs = stored(tmp_path / "ours.out"), stored(tmp_path / "theirs.out")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
 def test_what_is_wrong_with_an_expert_that_is_a_merge_is_told_at_its_place(models):
     spec = spec_of(models["llama"])
     spec["experts"][1]["source_model"] = {"merge_method": "tise", "models": [{"model": models["llama"][1]}]}
@@ -985,6 +1003,15 @@ def test_active_parameters_are_those_that_one_token_meets(models, tmp_path):
     sizes = {name: value.numel() for name, value in stored(tmp_path / "out").items()}
     asleep = [size for name, size in sizes.items() if any(f".experts.{i}." in name for i in (2, 3, 4))]
     assert told["active_parameters"] == sum(sizes.values()) - sum(asleep)
+
+
+def test_card_names_the_files_by_their_hashes(models, tmp_path):
+    out = build(spec_of(models["llama"]), tmp_path / "out").path
+    card = (out / "README.md").read_text()
+    for folder in models["llama"]:
+        file = folder / "model.safetensors"
+        assert f"| {file} | " in card
+        assert sampled_hash(file) in card
 
 
 def test_output_is_whole_or_absent(models, tmp_path, monkeypatch):

@@ -13,8 +13,9 @@ import yaml
 from tests import tiny
 from toolkit.cli import main
 from toolkit.errors import CheckpointError, MissingError, UnsupportedError
-from toolkit.merge.record import verify
+from toolkit.merge.plan import make_plan
 from toolkit.merge.run import merge
+from toolkit.merge.verify import verify
 
 
 @pytest.fixture
@@ -85,6 +86,54 @@ def test_record_and_card_hold_spec_hashes_and_versions(family, tmp_path):
         assert entry["sha256"] == hashlib.sha256(Path(entry["file"]).read_bytes()).hexdigest()
         assert entry["sha256"] in card
     assert record["versions"].keys() >= {"composition-toolkit", "numpy"}
+
+
+@pytest.mark.parametrize(
+    "output",
+    [{"type": "adapter"}, {"type": "adapter", "rank": 2}, {"type": "compressed", "as": "svd", "rank": 2}],
+    ids=["sum", "svd", "compressed"],
+)
+def test_small_outputs_have_a_record_and_are_verified_whole(output, base, loras, tmp_path):
+    models = [{"model": str(loras[name]), "parameters": {"weight": 0.5}} for name in ("plain", "dora")]
+    spec = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models, "output": output}
+    out = merge(spec, tmp_path / "out", hashes="full", quiet=True).path
+    record = json.loads((out / "merge.json").read_text())
+    assert record["spec"] == spec
+    weights = {
+        str(base / "model.safetensors"),
+        *(str(loras[n] / "adapter_model.safetensors") for n in ("plain", "dora")),
+    }
+    card = (out / "README.md").read_text()
+    assert {entry["file"] for entry in record["inputs"]} == weights
+    assert all(entry["sha256"] in card for entry in record["inputs"])
+    assert verify(out, quiet=True).numbers["equal"]
+    (file,) = out.glob("*.safetensors")
+    flip(file, -1)
+    result = verify(out, quiet=True)
+    assert not result.numbers["equal"]
+    assert len(result.numbers["faults"]) == 1
+    merge(spec, tmp_path / "bare", card=False, quiet=True)
+    assert not (tmp_path / "bare" / "README.md").exists()
+
+
+def test_donors_are_said(family, tmp_path):
+    """Config and tokenizer are the base's, or else the first model's; a template may be another's."""
+    for spec, donor in ((spec_of(family, "ties"), "base"), (spec_of(family, "linear", base_model=None), "tuned0")):
+        if donor == "tuned0":
+            spec["parameters"] = {"weight": 1}
+        result = merge(spec, tmp_path / f"on_{donor}", quiet=True)
+        wanted = dict.fromkeys(("config", "tokenizer", "chat template"), family[donor])
+        assert result.numbers["donors"] == wanted
+        assert json.loads((result.path / "merge.json").read_text())["donors"] == wanted
+        line = f"config, tokenizer, chat template of {family[donor]}"
+        assert f"Taken over: {line}." in (result.path / "README.md").read_text()
+        assert make_plan(spec).table().title.startswith(f"Plan; {line}; ")
+    for folder in ("tuned0", "tuned1"):
+        (Path(family[folder]) / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    plan = make_plan(spec_of(family, "ties", chat_template="auto", tokenizer={"source": family["tuned1"]}))
+    assert plan.donors == {"config": family["base"], "tokenizer": family["tuned1"], "chat template": family["tuned0"]}
+    title = f"Plan; config of {family['base']}; tokenizer of {family['tuned1']}; chat template of {family['tuned0']}; "
+    assert plan.table().title.startswith(title)
 
 
 def test_files_of_the_hub_are_known_by_their_name(family, tmp_path):

@@ -134,6 +134,22 @@ def test_same_bytes_however_it_is_run(method, family, tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_shard_is_opened_once(workers, family, tmp_path, monkeypatch):
+    opened: list[str] = []
+    plain = os.open
+
+    def noted(path: Any, *rest: Any, **options: Any) -> int:
+        opened.append(str(path))
+        return plain(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", noted)
+    merge(spec_of(family, "ties"), tmp_path / "out", workers=workers, quiet=True)
+    shards = [str(file) for folder in family.values() for file in folder.glob("*.safetensors")]
+    assert len(shards) > 8
+    assert sorted(path for path in opened if path in shards) == sorted(shards)
+
+
 def test_same_bytes_for_any_hash_seed(family, tmp_path):
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(spec_of(family, "ties")))

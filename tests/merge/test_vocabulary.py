@@ -101,6 +101,14 @@ def test_union_by_hand(models, tmp_path):
     assert logits.shape[-1] == VOCAB_SIZE + 3
 
 
+def test_added_tokens_are_told(models, tmp_path):
+    spec = spec_of(models, tokenizer={"tokens": {"<new>": {"source": {"kind": "zero"}}}})
+    out = merge(spec, tmp_path / "out", quiet=True).path
+    assert json.loads((out / "merge.json").read_text())["added_tokens"] == ["<z>", "<new>"]
+    assert "Added tokens: `<z>`, `<new>`." in (out / "README.md").read_text()
+    assert make_plan(spec_of(models, tokenizer={"source": str(models["b"])})).added_tokens == []
+
+
 def test_rows_that_no_token_uses_are_kept(models, tmp_path):
     result = merge(spec_of(models, tokenizer={"source": str(models["b"])}), tmp_path / "out", quiet=True)
     with open_checkpoint(result.path) as got, open_checkpoint(models["b"]) as b:

@@ -17,6 +17,9 @@ FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 
+RENAMED = 0.01
+"""Share of its tokens that a fine-tune may have renamed, as chat models do with reserved ones."""
+
 
 @dataclass(frozen=True)
 class TokenizerFile:
@@ -91,6 +94,25 @@ def read_tokenizer(folder: Path | None, source: str) -> TokenizerFile:
         raise CheckpointError(f"{folder / FILE}: not a tokenizer (it has no model)")
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     return TokenizerFile(folder, data, config)
+
+
+def other_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
+    """Say how many ids of a vocabulary mean other tokens in `ours`, where they are more than a fine-tune renames."""
+    by_id = {index: token for token, index in ours.items()}
+    other = sum(by_id.get(index, token) != token for token, index in theirs.items())
+    return f"{other} of {len(theirs)} tokens have ids that mean other tokens" if other > RENAMED * len(by_id) else None
+
+
+def other_tokens_of(folder: Path | None, other: Path | None) -> str | None:
+    """Do the same for the tokenizers of two models; `None` where a folder has none that can be read."""
+    files = [place / FILE for place in (folder, other) if place and (place / FILE).is_file()]
+    if len(files) < 2 or files[0] == files[1] or files[0].read_bytes() == files[1].read_bytes():
+        return None
+    try:
+        ours, theirs = (read_tokenizer(file.parent, str(file.parent)).vocabulary for file in files)
+    except CheckpointError:
+        return None
+    return other_tokens(ours, theirs)
 
 
 def write_tokenizer(out: Path, tokenizer: TokenizerFile | None, template: str | None) -> None:

@@ -74,6 +74,7 @@ def merge(
     clone_tensors: _NoEffect = None,
     allow_crimes: _NoEffect = None,
     trust_remote_code: _NoEffect = None,
+    verbosity: Annotated[int, typer.Option("-v", count=True, help=_NOTHING.help, rich_help_panel=_SAME)] = 0,
     write_threads: Annotated[int | None, _NOTHING] = None,
     lora_merge_cache: Annotated[Path | None, _NOTHING] = None,
     lora_merge_dtype: Annotated[str | None, _NOTHING] = None,
@@ -98,7 +99,7 @@ def merge(
 
     seed = [] if random_seed is None else [f"seed={random_seed}"]
     options: dict[str, Any] = {"overrides": [*seed, *set_], "smoke": smoke, "allow_pickle": allow_pickle}
-    options["shard_bytes"] = size(shard_size, "--shard-size")
+    options["shard_bytes"] = _shard_bytes(shard_size)
     options["device"] = device or ("cuda" if cuda or gpu_rich else "cpu")
     if dry_run:
         plan = make_plan(spec, **options)
@@ -122,8 +123,13 @@ def merge(
     show(result, json)
 
 
+def _shard_bytes(text: str) -> int:
+    """Read a size; as in mergekit, whose default is 5B, a number of B means billions."""
+    return size(f"{text[:-1]}GB" if text[:-1].isdecimal() and text[-1] in "bB" else text, "--shard-size")
+
+
 def _verify(folder: Path, allow_pickle: bool, json: bool, quiet: bool) -> None:
-    from toolkit.merge.record import verify
+    from toolkit.merge.verify import verify
 
     result = verify(folder, allow_pickle=allow_pickle, quiet=quiet)
     show(result, json)

@@ -13,6 +13,7 @@ from toolkit.checkpoints.compressed import Compressed, CompressedDelta, is_compr
 from toolkit.checkpoints.deltas import AdapterDelta, Delta, DenseDelta
 from toolkit.checkpoints.locate import locate
 from toolkit.checkpoints.reader import Checkpoint, open_checkpoint, read_json
+from toolkit.checkpoints.tokenizers import other_tokens_of
 from toolkit.errors import CheckpointError, SpecError, UnsupportedError
 from toolkit.jobs import describe
 from toolkit.jobs.conflicts import numbers_of, tables_of
@@ -235,7 +236,8 @@ def _different_tensors(first: Checkpoint, other: Checkpoint) -> list[str]:
         name = shapes[0]
         given, wanted = list(other.info(name).shape), list(first.info(name).shape)
         faults.append(f"{other.source}: {name} is {given}, not {wanted} ({len(shapes)} such tensors)")
-    return faults
+    tokens = other_tokens_of(first.folder, other.folder)
+    return [*faults, f"{other.source}: {tokens} in {first.source}"] if tokens else faults
 
 
 def _different_changes(first: Adapter | Compressed, other: Adapter | Compressed) -> list[str]:

@@ -71,6 +71,7 @@ class Configuration:
         num_stages: depth of the pipeline of loads.
         max_registers: of a thread; without a bound the assembler spills a few to fit one more program.
         spills: why it may spill registers; a configuration without a reason may not.
+        fuse: multiply and add with one rounding; not where results are to be those of another program to the last bit.
     """
 
     constants: Mapping[str, int]
@@ -78,11 +79,17 @@ class Configuration:
     num_stages: int
     max_registers: int | None = None
     spills: str = ""
+    fuse: bool = True
 
     @property
     def options(self) -> dict[str, int | None]:
         """What triton is told besides the constants."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+            "enable_fp_fusion": self.fuse,
+        }
 
 
 @dataclass(frozen=True)
@@ -109,12 +116,14 @@ class Resources:
         stack: bytes per thread, which registers were spilled to.
         shared: bytes of shared memory.
         narrow: load instructions for single elements of two bytes; whatever streams factors or keys should have none.
+        fused: instructions that multiply and add float32 with one rounding.
     """
 
     registers: int
     stack: int
     shared: int
     narrow: int
+    fused: int
 
 
 class Table:
@@ -261,7 +270,8 @@ def compile_for(generation: int, launched: Launch, configuration: Configuration 
     )
     registers, stack = _registers(compiled.asm["cubin"])
     narrow = len(re.findall(r"ld\.global(?:\.\w+)*\.b16 ", compiled.asm["ptx"]))
-    return Resources(registers, stack, compiled.metadata.shared, narrow)
+    fused = len(re.findall(r"fma\.rn(?:\.ftz)?\.f32 ", compiled.asm["ptx"]))
+    return Resources(registers, stack, compiled.metadata.shared, narrow, fused)
 
 
 def _type_of(value: Any, is_argument: bool) -> tuple[str, bool]:

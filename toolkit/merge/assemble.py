@@ -10,6 +10,7 @@ from toolkit.checkpoints.layout import Layout, is_head, layer_of, role_of
 from toolkit.checkpoints.reader import Checkpoint
 from toolkit.errors import Problem
 from toolkit.merge.inputs import GroupInputs, Input, Inputs
+from toolkit.merge.vocabulary import TOKENIZER_BLOCK, has_vocabulary
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """What configs call the number of layers."""
@@ -95,7 +96,9 @@ def _misfits(group: GroupInputs, names: Sequence[str]) -> list[Problem]:
             found.append(Problem(where, f"has {_some(extra)} that {donor.source} does not have"))
         if shapes:
             given, wanted = model.weights.info(shapes[0]).shape, donor.info(shapes[0]).shape
-            found.append(Problem(where, f"{_some(shapes)}: shape {list(given)}, but {list(wanted)} in {donor.source}"))
+            message = f"{_some(shapes)}: shape {list(given)}, but {list(wanted)} in {donor.source}"
+            hint = f"; {TOKENIZER_BLOCK}" if all(map(has_vocabulary, shapes)) else ""
+            found.append(Problem(where, message + hint))
     return found
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from toolkit.checkpoints.dtypes import DTYPES, DType, Floats
 from toolkit.checkpoints.reader import Checkpoint
 from toolkit.errors import CheckpointError, UnsupportedError
-from toolkit.merge.plan import Job, Place, make_plan
+from toolkit.merge.job import Job, Place
+from toolkit.merge.plan import make_plan
 from toolkit.merge.stream import Scratch, Stream
 from toolkit.progress import Progress
 

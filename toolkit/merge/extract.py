@@ -27,6 +27,8 @@ from toolkit.merge.changes import Changes, Key
 from toolkit.merge.compress import RankRule, plan_masks, plan_pairs, plan_signs
 from toolkit.merge.lora import plan_lora, write_lora
 from toolkit.merge.parameters import matches
+from toolkit.merge.plan import Plan
+from toolkit.merge.record import file_identity, files_table
 from toolkit.merge.spec import MergeSpec, Model  # noqa: F401 - pydantic looks up the name that Model mentions
 from toolkit.progress import track
 from toolkit.specs import Size, Spec
@@ -210,9 +212,24 @@ def extract(
 
 
 def run_extract(
-    spec: specs.Source | ExtractSpec, out: str | Path, *, overwrite: bool = False, quiet: bool = False
+    spec: specs.Source | ExtractSpec,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    card: bool = True,
+    record: Callable[[Plan, Path], Table] | None = None,
+    quiet: bool = False,
 ) -> Extraction:
-    """Do what a spec says; see `extract`."""
+    """Do what a spec says; see `extract`.
+
+    Args:
+        spec: a YAML file, a dict or an `ExtractSpec`.
+        out: folder to write.
+        overwrite: replace `out` if it exists.
+        card: write a model card.
+        record: writes by what a merge is verified, and returns the inputs' files for the card.
+        quiet: show no progress.
+    """
     started = time.perf_counter()
     loaded, out = specs.load(spec, ExtractSpec), Path(out)
     check_free(out, overwrite=overwrite)
@@ -230,7 +247,9 @@ def run_extract(
             size = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
             outcome = _Outcome(changes, compressed, errors, size)
             result = _report(loaded, outcome, out, time.perf_counter() - started)
-            _write_card(loaded, changes, partial, result)
+            files = (record or _files)(changes.plan, partial)
+            if card:
+                _write_card(loaded, changes, partial, result, files)
     finally:
         changes.close()
     return result
@@ -341,6 +360,10 @@ def _report(spec: ExtractSpec, outcome: _Outcome, out: Path, seconds: float) -> 
     return Extraction(numbers, tables, out, errors)
 
 
+def _files(plan: Plan, _: Path) -> Table:
+    return files_table([file_identity(file, "sample") for file in sorted(plan.inputs.files())])
+
+
 _TITLES = {
     "lora": "LoRA extracted from {}",
     "svd": "Low-rank pairs of {}",
@@ -349,7 +372,7 @@ _TITLES = {
 }
 
 
-def _write_card(spec: ExtractSpec, changes: Changes, folder: Path, result: Extraction) -> None:
+def _write_card(spec: ExtractSpec, changes: Changes, folder: Path, result: Extraction, files: Table) -> None:
     errors = ", ".join(f"{task}: {error:.3g}" for task, error in result.numbers["relative_error"].items())
     write_card(
         folder,
@@ -358,6 +381,6 @@ def _write_card(spec: ExtractSpec, changes: Changes, folder: Path, result: Extra
         tags=["lora" if spec.kind == "lora" else f"{spec.kind}-delta"],
         base=[changes.base.source],
         spec=spec.model_dump(mode="json", by_alias=True, exclude_defaults=True),
-        details=result.tables[-1].to_markdown(),
+        details="\n\n".join(table.to_markdown() for table in (result.tables[-1], files)),
         library="peft" if spec.kind == "lora" else "composition-toolkit",
     )

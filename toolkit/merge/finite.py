@@ -9,8 +9,9 @@ import numpy as np
 
 from toolkit.checkpoints.deltas import chunks
 from toolkit.checkpoints.reader import FolderCheckpoint
+from toolkit.merge.job import Place
 from toolkit.merge.nested import MergedCheckpoint
-from toolkit.merge.plan import Place, Plan
+from toolkit.merge.plan import Plan
 
 
 def non_finite_outputs(folder: Path, tensors: Sequence[str]) -> list[str]:

@@ -252,6 +252,12 @@ def _takes_part(group: Group, method: Method, count: int) -> bool:
     return method.base_joins and not group.is_slice and method.required_per_model <= given
 
 
+def unnamed_base(spec: MergeSpec) -> list[Problem]:
+    """Refuse a base that is a merge, where the output is a change that must name its base."""
+    message = "is a merge, and a change of it could not name it; write it out first"
+    return [Problem("base_model", message)] if isinstance(spec.base_model, MergeSpec) else []
+
+
 def change_of(source: object) -> tuple[str | None, Adapter | Compressed | None]:
     """Split `base+change`; recognise a folder that holds a change of a base; `(None, None)` for a full model."""
     if not isinstance(source, str):

@@ -25,8 +25,10 @@ from toolkit.checkpoints.headers import TensorInfo
 from toolkit.checkpoints.writer import staged, write_text, write_weights
 from toolkit.errors import CheckpointError, Problem
 from toolkit.merge.finite import is_finite
-from toolkit.merge.inputs import Input
-from toolkit.merge.plan import Job, Place, Plan, make_plan
+from toolkit.merge.inputs import Input, unnamed_base
+from toolkit.merge.job import Job, Place
+from toolkit.merge.plan import Plan, make_plan
+from toolkit.merge.record import Companions
 from toolkit.merge.run import MergeResult
 from toolkit.merge.spec import MergeSpec
 from toolkit.merge.stream import Scratch, Stream, survey
@@ -47,7 +49,15 @@ class Pair:
     error: float
 
 
-def merge_adapters(spec: MergeSpec, out: Path, *, overwrite: bool = False, quiet: bool = False) -> MergeResult:
+def merge_adapters(
+    spec: MergeSpec,
+    out: Path,
+    beside: Companions,
+    *,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    quiet: bool = False,
+) -> MergeResult:
     """Merge the LoRAs of a spec and write one LoRA folder.
 
     Raises:
@@ -55,7 +65,7 @@ def merge_adapters(spec: MergeSpec, out: Path, *, overwrite: bool = False, quiet
         CheckpointError: an input, or the base where it matters, holds NaN or infinity.
     """
     started = time.perf_counter()
-    plan = make_plan(spec)
+    plan = make_plan(spec, allow_pickle=allow_pickle)
     try:
         adapters = _adapters(plan)
         _check_finite(adapters)
@@ -69,7 +79,9 @@ def merge_adapters(spec: MergeSpec, out: Path, *, overwrite: bool = False, quiet
         dtype = plan.dtype or DTYPES["F32"]
         with staged(out, overwrite=overwrite) as partial:
             write_adapter(partial, pairs, adapters[0], dtype, plan.inputs.donor.source)
-            _write_card(plan, partial, pairs)
+            files = beside.write_record(plan, spec, partial, modules=len(pairs))
+            if beside.card:
+                _write_card(plan, partial, pairs, files)
     finally:
         plan.inputs.close()
     return _result(plan, out, pairs, time.perf_counter() - started)
@@ -143,7 +155,7 @@ def write_adapter(out: Path, pairs: Sequence[Pair], like: Adapter, dtype: DType,
 
 
 def _adapters(plan: Plan) -> list[Adapter]:
-    found: list[Problem] = []
+    found = unnamed_base(plan.spec)
     adapters: list[Adapter] = []
     if plan.spec.models is None:
         raise plan.spec.error([Problem("output.type", "an adapter is merged from models, not from slices or modules")])
@@ -230,7 +242,7 @@ def _balanced(u: Any, s: Any, vt: Any, rest: float, transposed: bool) -> tuple[L
     return LowRank(rows, cols, 1.0, transposed=transposed), rest / norm if norm else 0.0
 
 
-def _write_card(plan: Plan, out: Path, pairs: Sequence[Pair]) -> None:
+def _write_card(plan: Plan, out: Path, pairs: Sequence[Pair], files: Table) -> None:
     sources = [m.weights.source for m in plan.inputs.models]
     worst = max(pair.error for pair in pairs)
     write_card(
@@ -240,6 +252,7 @@ def _write_card(plan: Plan, out: Path, pairs: Sequence[Pair]) -> None:
         tags=["merge", "lora", plan.method.name],
         base=[plan.inputs.donor.source],
         spec=plan.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+        details=files.to_markdown(),
         library="peft",
     )
 

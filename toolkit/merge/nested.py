@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from toolkit.checkpoints.dtypes import Bytes, Floats, decode, encode
 from toolkit.checkpoints.reader import Checkpoint
-from toolkit.merge.plan import Job, Plan
+from toolkit.merge.job import Job
+from toolkit.merge.plan import Plan
 from toolkit.merge.stream import Scratch, Stream, survey
 
 

@@ -146,7 +146,9 @@ class Resolver:
         return f"no filter matches {name}" if here else f"required by {self.method.name}"
 
     def _place(self, where: str) -> str:
-        """Turn `weight[1]` of the resolved parameters into a place in the spec."""
+        """Turn `weight[1]` of the resolved parameters into a place in the spec; of nothing, into the group's."""
+        if not where:
+            return self.group.path
         key, _, rest = where.partition("[")
         blocks = [self.slots[int(rest.rstrip("]"))].block] if rest else []
         blocks += self.group.shared

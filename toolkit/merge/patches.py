@@ -27,9 +27,10 @@ from toolkit.checkpoints.headers import TensorInfo
 from toolkit.checkpoints.reader import MemoryCheckpoint
 from toolkit.checkpoints.writer import WeightsWriter, check_free, staged
 from toolkit.errors import UnsupportedError
+from toolkit.merge.job import Job
 from toolkit.merge.methods.signatures import prepare
 from toolkit.merge.ops import weighted_sum
-from toolkit.merge.plan import Job, Plan, make_plan
+from toolkit.merge.plan import Plan, make_plan
 from toolkit.merge.stream import Scratch, Stream
 from toolkit.progress import track
 from toolkit.tables import Report, Table, human_bytes

@@ -8,118 +8,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from toolkit import specs
-from toolkit.checkpoints.deltas import CHUNK, Delta
-from toolkit.checkpoints.dtypes import Bytes, DType, Floats, by_torch_name
+from toolkit.checkpoints.deltas import CHUNK
+from toolkit.checkpoints.dtypes import DType, by_torch_name
 from toolkit.checkpoints.headers import TensorInfo
-from toolkit.checkpoints.layout import is_head, role_of
+from toolkit.checkpoints.layout import role_of
 from toolkit.checkpoints.reader import Checkpoint
-from toolkit.checkpoints.tokenizers import TokenizerFile
 from toolkit.checkpoints.writer import SHARD_BYTES, plan_shards
 from toolkit.errors import Problem, SpecError, UnsupportedError
-from toolkit.merge.assemble import Piece, assemble
+from toolkit.merge.arrange import arrange, output_config
+from toolkit.merge.assemble import Piece
 from toolkit.merge.data import check_data, data_files
 from toolkit.merge.device import DEPTH, SLICE, find_device
 from toolkit.merge.groups import groups_of
 from toolkit.merge.inputs import GroupInputs, Input, Inputs, open_inputs
+from toolkit.merge.job import Job, Place, Source
 from toolkit.merge.method import Method, MethodParams, load_method
 from toolkit.merge.parameters import Resolver, check
 from toolkit.merge.spec import MergeSpec
-from toolkit.merge.templates import chat_template
-from toolkit.merge.vocabulary import unify
+from toolkit.merge.templates import Template, chat_template
+from toolkit.merge.vocabulary import Vocabulary
 from toolkit.tables import Table, human_bytes, human_count
-
-
-@dataclass(frozen=True)
-class Place:
-    """One tensor of one checkpoint."""
-
-    checkpoint: Checkpoint
-    name: str
-
-    @property
-    def info(self) -> TensorInfo:
-        """What its header says."""
-        return self.checkpoint.info(self.name)
-
-    def read(self, start: int, stop: int, out: Floats) -> None:
-        """Read a slice as float32; see `Checkpoint.read`."""
-        self.checkpoint.read(self.name, start, stop, out)
-
-    @property
-    def is_stored(self) -> bool:
-        """Whether its bytes are stored, and not computed."""
-        return self.checkpoint.is_stored(self.name)
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that one pass reads."""
-        return self.checkpoint.read_bytes(self.name)
-
-    def read_raw(self, start: int, stop: int) -> Bytes:
-        """Read the stored bytes of a slice."""
-        return self.checkpoint.read_raw(self.name, start, stop)
-
-
-@dataclass(frozen=True)
-class Source:
-    """What an input gives to one output tensor.
-
-    Attributes:
-        place: its own tensor.
-        delta: of which this tensor is read as a change of the base's; `None` where it is a difference of weights.
-    """
-
-    place: Place
-    delta: Delta | None
-
-    @property
-    def changes(self) -> bool:
-        """Whether it can differ from the base."""
-        return self.delta is None or self.delta.touches(self.place.name)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that one pass reads."""
-        return self.delta.nbytes(self.place.name) if self.delta else self.place.read_bytes
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is done for one output tensor.
-
-    Attributes:
-        tensor: name, dtype and shape of the output.
-        action: `merge`; or `copy` the donor's bytes, where no input changes the tensor or it is not of numbers
-            that can be averaged.
-        donor: whose dtype and shape the output has.
-        sources: inputs of a merge.
-        base: what deltas are taken from.
-        params: the method's parameters for this tensor; `None` for a copy.
-    """
-
-    tensor: TensorInfo
-    action: Literal["merge", "copy"]
-    donor: Place
-    sources: tuple[Source, ...] = ()
-    base: Place | None = None
-    params: MethodParams | None = None
-
-    @property
-    def places(self) -> list[Place]:
-        """The tensors that are read."""
-        if self.action == "copy":
-            return [self.donor]
-        return [source.place for source in self.sources] + ([self.base] if self.base else [])
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that one pass over its inputs reads."""
-        if self.action == "copy":
-            return self.donor.read_bytes
-        return sum(source.nbytes for source in self.sources) + (self.base.read_bytes if self.base else 0)
 
 
 @dataclass(frozen=True)
@@ -134,7 +45,7 @@ class Plan:
         shards: tensors of each output file.
         dtype: of all floating-point outputs, or `None` where each keeps the donor's.
         config: what differs in the output's `config.json` from the donor's.
-        tokenizer: of the output; by default the donor's.
+        vocabulary: of the output; by default the donor's.
         template: chat template of the output; by default the tokenizer's.
         device: that merges; `None` is the CPU, without torch.
     """
@@ -146,8 +57,8 @@ class Plan:
     shards: dict[str, list[TensorInfo]]
     dtype: DType | None
     config: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer: TokenizerFile | None = None
-    template: str | None = None
+    vocabulary: Vocabulary | None = None
+    template: Template | None = None
     device: str | None = None
 
     @property
@@ -174,6 +85,27 @@ class Plan:
         copies = {None: 0, "fisher": 3}.get(self.method.statistics, 1)
         return 4 * copies * sum(t.count for t in self.inputs.donor.tensors.values())
 
+    @property
+    def donors(self) -> dict[str, str]:
+        """Where the output's config, tokenizer and chat template come from."""
+        donor = self.inputs.donor.source
+        tokenizer = self.vocabulary.origin if self.vocabulary else donor
+        template = self.template.origin if self.template else tokenizer
+        return {"config": donor, "tokenizer": tokenizer, "chat template": template}
+
+    @property
+    def donors_text(self) -> str:
+        """The same for a reader: `config of a; tokenizer, chat template of b`."""
+        found: dict[str, list[str]] = {}
+        for what, origin in self.donors.items():
+            found.setdefault(origin, []).append(what)
+        return "; ".join(f"{', '.join(whats)} of {origin}" for origin, whats in found.items())
+
+    @property
+    def added_tokens(self) -> Sequence[str]:
+        """Tokens that the output's tokenizer has and the one that it comes from has not."""
+        return self.vocabulary.added if self.vocabulary else ()
+
     def fingerprint(self) -> str:
         """Return an identity that changes when the spec, the inputs' files or the output's layout do."""
         what = {
@@ -191,6 +123,8 @@ class Plan:
             "write_bytes": self.write_bytes,
             "memory_bytes": self.memory_bytes,
             "statistics_bytes": self.statistics_bytes,
+            "donors": self.donors,
+            "added_tokens": list(self.added_tokens),
             "shards": {name: sum(t.nbytes for t in tensors) for name, tensors in self.shards.items()},
             "tensors": [
                 {
@@ -224,7 +158,7 @@ class Plan:
         ]
         total = [human_bytes(self.read_bytes), human_bytes(self.write_bytes)]
         rows.append(["all", len(self.jobs), human_count(sum(j.tensor.count for j in self.jobs)), "", "", *total])
-        title = f"Plan; buffers of {human_bytes(self.memory_bytes)} per worker"
+        title = f"Plan; {self.donors_text}; buffers of {human_bytes(self.memory_bytes)} per worker"
         if self.statistics_bytes:
             title += f"; models are run on data first, in {human_bytes(self.statistics_bytes)} and what a run takes"
         return Table(("role", "tensors", "elements", "method", "parameters", "read", "write"), rows, title)
@@ -250,49 +184,37 @@ def make_plan(
     """
     found_device = find_device(device)
     loaded = specs.load(spec, MergeSpec, overrides=overrides, smoke=smoke)
-    try:
-        method = load_method(loaded.merge_method)
-    except UnsupportedError as error:
-        raise loaded.error([Problem("merge_method", str(error))]) from None
+    method, unknown = _method(loaded)
     seeded = loaded.seed is not None and "seed" in method.shared
     groups = groups_of(loaded, {"seed": loaded.seed} if seeded else None)
-    found = check(groups, method)
+    wrong = unknown or [*check(groups, method), *check_data(loaded, method)]
     if found_device and not method.on_device:
-        found.append(Problem("merge_method", f"{method.name} runs on the CPU alone; leave out --device"))
-    dtype, wrong = _output_dtype(loaded)
+        wrong.append(Problem("merge_method", f"{method.name} runs on the CPU alone; leave out --device"))
+    dtype, found = _output_dtype(loaded)
     nested = partial(open_merge, allow_pickle=allow_pickle)
-    inputs, more = open_inputs(groups, method, nested, allow_pickle=allow_pickle)
-    found += wrong + more + check_data(loaded, method)
-    jobs: list[Job] = []
-    config: dict[str, Any] = {}
-    vocabulary = None
-    if not found:
-        inputs, vocabulary, found = unify(loaded, inputs)
-    if not found and loaded.align is not None:
-        from toolkit.merge.align.inputs import aligned  # whose sums few merges need
-
-        inputs, found = aligned(loaded, inputs)
-    if not found:
-        pieces, config, found = assemble(inputs)
-        if not found:
-            jobs, found = _jobs(method, inputs, pieces, dtype)
-    if found:
+    inputs, absent = open_inputs(groups, method, nested, allow_pickle=allow_pickle)
+    try:
+        arranged, misfits = arrange(loaded, inputs, whole=not absent)
+        jobs, more = ([], []) if wrong else _jobs(method, arranged.inputs, arranged.pieces, dtype)
+        template, faults = chat_template(loaded, inputs)
+        problems = [*wrong, *found, *absent, *misfits, *more, *faults]
+        if problems:
+            raise loaded.error(problems)
+    except BaseException:
         inputs.close()
-        raise loaded.error(found)
-    if inputs.donor.ties_head and any(is_head(job.tensor.name) for job in jobs):
-        config["tie_word_embeddings"] = False
-    if vocabulary:
-        nested = inputs.donor.config.get("text_config")
-        inner = nested if isinstance(nested, dict) and "vocab_size" in nested else None
-        size = {"vocab_size": vocabulary.size}
-        config |= {"text_config": inner | config.get("text_config", {}) | size} if inner else size
-    template, wrong = chat_template(loaded, inputs)
-    if wrong:
-        inputs.close()
-        raise loaded.error(wrong)
+        raise
+    config = output_config(arranged, [job.tensor.name for job in jobs])
     shards = plan_shards([job.tensor for job in jobs], shard_bytes)
-    tokenizer = vocabulary.tokenizer if vocabulary else None
-    return Plan(loaded, method, inputs, jobs, shards, dtype, config, tokenizer, template, found_device)
+    vocabulary = arranged.vocabulary
+    return Plan(loaded, method, arranged.inputs, jobs, shards, dtype, config, vocabulary, template, found_device)
+
+
+def _method(spec: MergeSpec) -> tuple[Method, list[Problem]]:
+    """Load the method; of an unknown one another stands in, so that what is wrong with the models is found as well."""
+    try:
+        return load_method(spec.merge_method), []
+    except UnsupportedError as error:
+        return load_method("linear"), [Problem("merge_method", str(error))]
 
 
 def open_merge(spec: MergeSpec, where: str, *, allow_pickle: bool) -> Checkpoint:

@@ -29,7 +29,9 @@ from toolkit.checkpoints.writer import (
 from toolkit.errors import OutputError, Problem
 from toolkit.merge.device import find_device
 from toolkit.merge.finite import non_finite_inputs, non_finite_outputs
-from toolkit.merge.plan import Job, Plan, make_plan
+from toolkit.merge.inputs import unnamed_base
+from toolkit.merge.job import Job
+from toolkit.merge.plan import Plan, make_plan
 from toolkit.merge.record import Companions, Hashes
 from toolkit.merge.spec import MergeSpec, OutputSpec
 from toolkit.merge.statistics.collect import collect
@@ -107,32 +109,40 @@ def merge(
     check_free(out, overwrite=overwrite)
     if loaded.output.type != "checkpoint" and find_device(device):
         raise loaded.error([Problem("output.type", f"{loaded.output.type} is computed on the CPU; leave out --device")])
+    beside = Companions(hashes, card, tokenizer)
     if loaded.output.type == "adapter":
         from toolkit.merge.lowrank import merge_adapters
 
-        return merge_adapters(loaded, out, overwrite=overwrite, quiet=quiet)
+        return merge_adapters(loaded, out, beside, overwrite=overwrite, allow_pickle=allow_pickle, quiet=quiet)
     if loaded.output.type == "compressed":
-        return _compress(loaded, out, overwrite=overwrite, allow_pickle=allow_pickle, quiet=quiet)
+        return _compress(loaded, out, beside, overwrite=overwrite, allow_pickle=allow_pickle, quiet=quiet)
     plan = make_plan(loaded, allow_pickle=allow_pickle, shard_bytes=shard_bytes, device=device)
     try:
         workers = workers or (2 if plan.device else 1)
-        beside = Companions(hashes, card, tokenizer)
         return _execute(plan, out, beside, resume=resume, workers=workers, quiet=quiet)
     finally:
         plan.inputs.close()
 
 
-def _compress(spec: MergeSpec, out: Path, *, overwrite: bool, allow_pickle: bool, quiet: bool) -> MergeResult:
+def _compress(
+    spec: MergeSpec, out: Path, beside: Companions, *, overwrite: bool, allow_pickle: bool, quiet: bool
+) -> MergeResult:
     """Write a merge as a small change of its base, of which no full checkpoint is made."""
     from toolkit.merge.extract import run_extract
 
     if spec.base_model is None:
         raise spec.error([Problem("base_model", "required: the output is a change of it")])
+    if found := unnamed_base(spec):
+        raise spec.error(found)
     options = spec.output.model_dump(by_alias=True, exclude_unset=True, exclude={"type"})
     full = spec.model_copy(update={"output": OutputSpec()})
     full.__pydantic_fields_set__.discard("output")
     job = {"base": spec.base_model, "tuned": {"merged": full}, "as": spec.output.kind, "allow_pickle": allow_pickle}
-    result = run_extract(job | options, out, overwrite=overwrite, quiet=quiet)
+
+    def record(plan: Plan, folder: Path) -> Table:
+        return beside.write_record(plan, spec, folder)
+
+    result = run_extract(job | options, out, overwrite=overwrite, card=beside.card, record=record, quiet=quiet)
     return MergeResult(result.numbers, result.tables, out)
 
 
@@ -301,6 +311,7 @@ def _result(
     numbers = {
         "path": str(out),
         "method": plan.method.name,
+        "donors": plan.donors,
         "tensors": len(plan.jobs),
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
@@ -311,6 +322,7 @@ def _result(
     rows = [
         ["method", plan.method.name],
         ["inputs", len(plan.inputs.models)],
+        ["taken over", plan.donors_text],
         ["tensors", len(plan.jobs)],
         ["written", human_bytes(plan.write_bytes)],
         ["seconds", f"{seconds:.2f}"],

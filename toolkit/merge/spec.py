@@ -14,11 +14,34 @@ from toolkit.specs import Document, Files, Size, Spec, path_text
 
 
 def _loose(value: Any) -> Any:
+    if isinstance(value, Mapping) and "model" in value:
+        return _reference(value)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, str) or hasattr(value, "state_dict"):
         return value
     raise ValueError("a model is a path, a hub id, a transformers model, or a merge of its own")
+
+
+def _reference(value: Mapping[str, Any]) -> str:
+    """Write `base@revision+lora` of what mergekit lets users spell out by `model`, `lora`, `path` and `revision`."""
+    unknown = [key for key in value if key not in ("model", "lora")]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not supported beside model and lora")
+    return "+".join(_path(value[key]) for key in ("model", "lora") if value.get(key) is not None)
+
+
+def _path(value: Any) -> str:
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str) and value.keys() <= {"path", "revision"}:
+        return f"{value['path']}@{value['revision']}" if value.get("revision") else value["path"]
+    if not isinstance(value, str):
+        raise ValueError(f"expected a path, or path and revision, got {value!r}")
+    return value
+
+
+def _is_merge(value: Any) -> bool:
+    is_mapping = isinstance(value, Mapping)
+    return isinstance(value, MergeSpec) or (is_mapping and ("merge_method" in value or "model" not in value))
 
 
 PlainModel = Annotated[
@@ -28,7 +51,7 @@ PlainModel = Annotated[
 
 Model = Annotated[
     Annotated["MergeSpec", Tag("merge")] | Annotated[PlainModel, Tag("model")],
-    Discriminator(lambda value: "merge" if isinstance(value, Mapping | MergeSpec) else "model"),
+    Discriminator(lambda value: "merge" if _is_merge(value) else "model"),
 ]
 """One of them, or a merge, which is computed as it is read."""
 
@@ -95,8 +118,8 @@ class ModuleSpec(Spec):
         parameters: the method's parameters in this part.
     """
 
-    models: list[InputSpec] | None = None
-    slices: list[SliceSpec] | None = None
+    models: Annotated[list[InputSpec], Field(min_length=1)] | None = None
+    slices: Annotated[list[SliceSpec], Field(min_length=1)] | None = None
     parameters: Parameters = Field(default_factory=dict)
 
     @model_validator(mode="after")

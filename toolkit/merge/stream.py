@@ -16,7 +16,8 @@ from toolkit.merge.method import Method
 from toolkit.merge.statistics.files import Statistics
 
 if TYPE_CHECKING:
-    from toolkit.merge.plan import Job, Plan
+    from toolkit.merge.job import Job
+    from toolkit.merge.plan import Plan
 
 
 class Scratch:

@@ -27,6 +27,9 @@ from toolkit.errors import Problem, ToolkitError
 from toolkit.merge.inputs import Inputs
 from toolkit.merge.spec import MergeSpec, TokenRow, TokenSpec
 
+TOKENIZER_BLOCK = "a tokenizer block merges models token by token"
+"""What to do about models whose vocabularies differ."""
+
 Row = tuple[int, int]
 """Position of a model, and a row of its embeddings."""
 
@@ -37,6 +40,8 @@ class Vocabulary:
 
     Attributes:
         tokenizer: of the output.
+        origin: the model whose tokenizer it begins with.
+        added: tokens that were added to that one's, in the order of their ids.
         rows: of every model, `[size]`: its own row of each output row, or -1.
         default: output row -> rows whose mean stands in where a model has none (of none: zeros); a row that is not
             in it fills up.
@@ -44,6 +49,8 @@ class Vocabulary:
     """
 
     tokenizer: TokenizerFile
+    origin: str
+    added: Sequence[str]
     rows: Sequence[NDArray[np.int64]]
     default: Mapping[int, Sequence[Row]]
     forced: frozenset[int]
@@ -214,7 +221,9 @@ class _Builder:
         default = {row: [(origin, row)] for row in range(self._num_rows(self.models[origin]))}
         default |= {row: self._default(token) for token, row in vocabulary.items()}
         forced = frozenset(vocabulary[token] for token, own in self.block.tokens.items() if own.force)
-        return None if self.problems else Vocabulary(tokenizer, rows, default, forced)
+        added = [token for token in vocabulary if token not in self.known[origin]]
+        source = self.models[origin].source
+        return None if self.problems else Vocabulary(tokenizer, source, added, rows, default, forced)
 
     def _origin(self, source: str) -> int | None:
         """Return the model whose tokenizer the output's begins with."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from toolkit.kernels.delta_linear import BitDeltas, delta_linear
 
 
 class Change(Protocol):
@@ -99,6 +103,50 @@ class Rebuilt:
         """See `Change`."""
         own = dict(module.named_parameters())
         return with_parameters(module, {name: recipe.make(own[name]) for name, recipe in self.recipes.items()})(x)
+
+
+@dataclass(frozen=True)
+class BitChange:
+    """The weight of a linear changed by one bit per element, which is added without rebuilding the weight.
+
+    Attributes:
+        deltas: of this fine-tune alone; its vector, if it has one, may be that of others too.
+    """
+
+    deltas: BitDeltas
+
+    @property
+    def nbytes(self) -> int:
+        """See `Change`."""
+        return self.deltas.nbytes
+
+    def to(self, device: torch.device) -> BitChange:
+        """See `Change`; what several fine-tunes share is on the device once."""
+        own, vector = self.deltas, self.deltas.vector_NK
+        moved = None if vector is None else _once_on(device, vector)
+        return BitChange(BitDeltas(own.bits_SNB.to(device), own.scale_SN.to(device), moved))
+
+    def outputs(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """See `Change`."""
+        out = y.clone()
+        rows, features = out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1])
+        delta_linear(rows, features, (0,) * len(rows), self.deltas)
+        return out
+
+
+_COPIES: MutableMapping[torch.Tensor, WeakValueDictionary[torch.device, torch.Tensor]] = WeakTensorKeyDictionary()
+"""Tensors of the host -> their copies on devices, as long as somebody uses them."""
+
+
+def _once_on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on a device, the same one as last time while that is still used."""
+    if tensor.device == device:
+        return tensor
+    copies = _COPIES.setdefault(tensor, WeakValueDictionary())
+    found = copies.get(device)
+    if found is None:
+        copies[device] = found = tensor.to(device)
+    return found
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,12 @@ class Judge:
             return self.merge(source, tasks)
         full, adapter = parts(source, self.setup.base)
         try:
-            return self._measure(full, adapter, tasks)
+            if isinstance(full, str):
+                return self._measure(full, adapter, tasks)
         except UnsupportedError:
             if adapter is None:
                 raise
-        # Such as one that stores modules whole, which no engine can run beside others.
+        # On a base that is a merge, or such as one that stores modules whole, which no engine can run beside others.
         alone = {"model": adapter, "parameters": {"weight": 1}}
         return self.merge({"merge_method": "linear", "base_model": full, "models": [alone]}, tasks)
 
@@ -56,8 +57,9 @@ class Judge:
         try:
             with placed(self.setup.spec):
                 merge(spec, out, overwrite=True, quiet=True)
-            if spec.get("output", {}).get("type") == "adapter":
-                return self._measure(self.setup.base, out, tasks)
+            base = self.setup.base
+            if spec.get("output", {}).get("type") == "adapter" and isinstance(base, str):
+                return self._measure(base, out, tasks)
             return self._measure(str(out), None, tasks)
         finally:
             shutil.rmtree(out, ignore_errors=True)
@@ -67,7 +69,7 @@ class Judge:
         device = pick_device(self.setup.spec.device)
         return load_model(self.setup.base, device=device, trust_remote_code=self.trusted)
 
-    def _measure(self, full: str | None, adapter: str | Path | None, tasks: Mapping[str, TaskSpec]) -> Scores:
+    def _measure(self, full: str, adapter: str | Path | None, tasks: Mapping[str, TaskSpec]) -> Scores:
         spec: dict[str, Any] = {
             "base": self._base if full == self.setup.base else full,
             "tasks": dict(tasks),

@@ -42,14 +42,14 @@ class Setup:
         space: the free numbers of its merge.
         budget: candidates that are measured at most.
         base: model that deltas are taken from and adapters belong to, where there is one.
-        inputs: the merge's models, by the name of their rows; one that is a merge itself is its spec.
+        inputs: the merge's models, by the name of their rows. As the base, one that is a merge itself is its spec.
         fingerprint: changes when the spec, the models' files or the data do.
     """
 
     spec: SearchSpec
     space: Space
     budget: int
-    base: str | None
+    base: Source | None
     inputs: Mapping[str, Source]
     fingerprint: str
 
@@ -113,7 +113,7 @@ def hold_out(spec: SearchSpec, folder: Path) -> tuple[Tasks, Tasks]:
     return tuning, table
 
 
-def parts(model: str, base: str | None) -> tuple[str, str | None]:
+def parts(model: str, base: Source | None) -> tuple[Source, str | None]:
     """Return what an input is measured with: a full model, and the adapter on it where the input is one."""
     if "+" in model and not Path(model).exists():
         own, _, adapter = model.partition("+")
@@ -147,16 +147,14 @@ _UNNAMED = "a folder or a hub id is needed here, for the result is a YAML"
 
 
 def _unnamed(merge: MergeSpec, prefix: str = "") -> Iterator[str]:
-    """Yield the key paths of models that no YAML can name; a base that is a merge could not be measured."""
+    """Yield the key paths of models that no YAML can name."""
     for group in groups_of(merge):
-        if not isinstance(group.base_model, str | None):
-            yield f"{prefix}base_model"
-        for slot in group.slots:
-            where = f"{prefix}{slot.path}.model"
-            if isinstance(slot.model, MergeSpec):
-                yield from _unnamed(slot.model, f"{where}.")
-            elif not isinstance(slot.model, str):
-                yield where
+        named = [("base_model", group.base_model), *((f"{slot.path}.model", slot.model) for slot in group.slots)]
+        for where, model in named:
+            if isinstance(model, MergeSpec):
+                yield from _unnamed(model, f"{prefix}{where}.")
+            elif not isinstance(model, str | None):
+                yield f"{prefix}{where}"
 
 
 def _plain(merge: MergeSpec) -> dict[str, Any]:

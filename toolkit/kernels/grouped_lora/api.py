@@ -110,7 +110,7 @@ def paged_lora(
     Args:
         ys: output `[T, N]` of each linear, overwritten; features lie next to each other, rows anywhere.
         x: `[T, K]`, likewise; or `[T]` int64, ids of rows of an embedding, whose A is `[r, vocabulary]`.
-        routes: which adapters work on which rows.
+        routes: which adapters work on which rows; of a mixture, LoRAs on linears that every row has in common.
         pairs: factors of all adapters at these linears.
         biases: of each linear, already in `ys`; what a DoRA must not rescale.
         impl: form to run.
@@ -126,6 +126,8 @@ def paged_lora(
         _check_tensors(ys, x, routes, pairs, biases)
         pairs.checked = len(routes.slots), given
     routes.check_dora(pairs)
+    if routes.mixture is not None:
+        _check_mixture(routes, pairs, x)
     if form == "triton":
         from toolkit.kernels.grouped_lora.triton_form import paged_lora as run
     elif form == "torch":
@@ -161,8 +163,8 @@ def paged_lora_backward(
     """
     form = resolve(impl, ("triton", "reference"), x_TK.device, "paged_lora_backward")
     _check_tensors(dys, x_TK, routes, pairs, [None] * (len(pairs.widths) - 1))
-    if pairs.has_extras[routes.slots[routes.slots >= 0]].any():
-        raise ValueError("no gradients of biases and of DoRA's gains")
+    if pairs.has_extras[routes.slots[routes.slots >= 0]].any() or routes.mixture is not None:
+        raise ValueError("no gradients of biases, of DoRA's gains and of mixtures")
     if form == "triton":
         from toolkit.kernels.grouped_lora.triton_form import paged_lora_backward as run
     else:
@@ -191,6 +193,16 @@ def _check_tensors(
         raise ValueError(f"tensors of different types: {', '.join(sorted(str(d) for d in dtypes))}")
     if any(t.stride(-1) != 1 for t in (*ys, x) if t.shape[-1] > 1):
         raise ValueError("features of inputs and outputs must lie next to each other")
+
+
+def _check_mixture(routes: Routes, pairs: PagedPairs, x: torch.Tensor) -> None:
+    assert routes.mixture is not None
+    given, wanted = tuple(routes.mixture.shape), (len(pairs.widths) - 1, *routes.slots.shape)
+    if given != wanted:
+        raise ValueError(f"a mixture of shape {given}, expected {wanted}")
+    extra = [s for s in routes.slots[:1].ravel().tolist() if s in pairs.versions and s not in pairs.plain]
+    if x.dim() != 2 or extra:
+        raise ValueError("only LoRAs without biases, on linears, can be mixed")
 
 
 def _check_dora(segments: Sequence[Segment], pairs: Mapping[str, Pair]) -> None:

@@ -35,8 +35,8 @@ def paged_lora(
     biases: Sequence[torch.Tensor | None],
 ) -> None:
     """See the api."""
-    for row, slot, weight in routes.present():
-        for linear, y_TN in enumerate(ys):
+    for linear, y_TN in enumerate(ys):
+        for row, slot, weight in routes.present(linear):
             pair = pairs.pair(slot, linear)
             if pair is not None:
                 inner_r = pair.a_rK @ x[row] if x.dim() == 2 else pair.a_rK[:, x[row]]

@@ -5,6 +5,7 @@ Shape suffixes: T rows, J adapters of a row, E assignments (one row and one of i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,11 +33,14 @@ class Routes:
     Attributes:
         slots: `[T, J]` int, slots of `PagedPairs`, each at most once in a row; -1 is no adapter.
         weights: `[T, J]` float32, what each change is multiplied with.
+        mixture: `[P, T, J]` in place of `weights`, one for each linear, on the device; every row then has the same
+            slots.
         gathered: rows in the orders of stacks of adapters, by the adapters; see `stacks`.
     """
 
     slots: np.ndarray
     weights: np.ndarray
+    mixture: torch.Tensor | None = None
     gathered: dict[tuple[int, ...], Gathered] = field(default_factory=dict, init=False, repr=False)
     _plans: dict[tuple[object, ...], Plan] = field(default_factory=dict, init=False, repr=False)
 
@@ -56,10 +60,22 @@ class Routes:
         given = given[:, None] if given.ndim == 1 else given
         return cls(found, np.broadcast_to(given, found.shape))
 
-    def present(self) -> Iterator[tuple[int, int, float]]:
-        """Yield row, slot and weight of every assignment."""
+    @classmethod
+    def to_all(cls, slots: Sequence[int], count: int) -> Routes:
+        """Make routes of the same adapters for every one of `count` rows, for a mixture."""
+        return cls.of([list(slots)] * count)
+
+    def mixed(self, mixture: torch.Tensor) -> Routes:
+        """Return the same adapters with weights `[P, T, J]` on the device; the work lists stay the same."""
+        found = copy.copy(self)
+        object.__setattr__(found, "mixture", mixture)
+        return found
+
+    def present(self, linear: int = 0) -> Iterator[tuple[int, int, float]]:
+        """Yield row, slot and weight at a linear of every assignment."""
+        weights = self.weights if self.mixture is None else self.mixture[linear].float().cpu().numpy()
         for row, choice in zip(*np.nonzero(self.slots >= 0), strict=True):
-            yield int(row), int(self.slots[row, choice]), float(self.weights[row, choice])
+            yield int(row), int(self.slots[row, choice]), float(weights[row, choice])
 
     @cached_property
     def largest_group(self) -> int:
@@ -148,6 +164,7 @@ class Plan:
 
     Attributes:
         rows: `[E]`, row of each assignment.
+        choices: `[E]`, its place among all `[T, J]` slots.
         weights: `[E]` float32.
         places: `[E]`, where each assignment's inner products begin.
         single: `[E]`, 1 where the inner products are made a row at a time: the adapter has no other row.
@@ -163,6 +180,7 @@ class Plan:
     """
 
     rows: torch.Tensor
+    choices: torch.Tensor
     weights: torch.Tensor
     places: torch.Tensor
     single: torch.Tensor
@@ -182,6 +200,7 @@ class _Assignments:
     """Sorted assignments, on the host."""
 
     rows: np.ndarray
+    choices: np.ndarray
     slots: np.ndarray
     weights: np.ndarray
     composed: np.ndarray
@@ -203,6 +222,7 @@ def make_plan(routes: Routes, ranks: np.ndarray, blocks: Blocks, device: torch.d
     bounds = np.cumsum([0, *(len(entries) for _, entries in tiles)])
     lists = {
         "rows": work.rows,
+        "choices": work.choices,
         "places": np.cumsum(lengths) - lengths,
         "single": single,
         "shrink_rows": [
@@ -246,7 +266,8 @@ def _sorted(routes: Routes, ranks: np.ndarray) -> _Assignments:
     slots, weights = routes.slots[rows, choices], routes.weights[rows, choices]
     composed = present.sum(axis=1)[rows] > 1
     order = np.lexsort((rows, composed, slots))
-    return _Assignments(rows[order], slots[order], weights[order], composed[order])
+    places = rows * routes.slots.shape[1] + choices
+    return _Assignments(rows[order], places[order], slots[order], weights[order], composed[order])
 
 
 Tile = tuple[list[int], list[list[int]]]

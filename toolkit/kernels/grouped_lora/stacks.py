@@ -4,7 +4,11 @@ A product of one row with the factors of one adapter takes less time than to ask
 each go into one product. Pages may lie anywhere and a batched product cannot, hence the copies: one per adapter that
 joins, none while the same ones go on. Adapters of equal ranks at all linears share a stack, so nothing is padded.
 
-Shape suffixes: n adapters of a stack, m rows of each, R inner products of a row, r of them at one linear.
+Where every row mixes the same adapters, a stack is one adapter of all ranks together: its inner products, each weighted
+for its row, multiply all second factors at once.
+
+Shape suffixes: P linears, T rows, n adapters of a stack, m rows of each, R inner products of a row, r of them at one
+linear.
 """
 
 from __future__ import annotations
@@ -16,11 +20,16 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from toolkit.kernels.grouped_lora.pages import PagedPairs
     from toolkit.kernels.grouped_lora.routes import Routes
 
 FEWEST = 3
 """Adapters that are worth a stack."""
+
+MOST_TOGETHER = 48
+"""Adapters of a mixture for which it pays to multiply every row with all of them, though it uses a few."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,29 @@ class Stack:
             else:
                 ys[linear].index_add_(0, rows, torch.bmm(own_nmr, b_nrN).view(len(rows), -1))
 
+    def mix(self, ys: Sequence[torch.Tensor], x_TK: torch.Tensor, weights_PTn: torch.Tensor) -> None:
+        """Add to every row the changes of all adapters, each times its weight at the linear, in place."""
+        n, (_, scales_n1R) = len(self.slots), self._factors
+        if n > MOST_TOGETHER:
+            self._mix_each(ys, x_TK, weights_PTn)
+            return
+        inner_TnR = torch.mm(x_TK, self._a[:n].reshape(-1, x_TK.shape[1]).T).view(len(x_TK), n, -1)
+        for linear, at, rank, b_nrN in self._linears:
+            factors_Tnr = weights_PTn[linear].to(x_TK.dtype)[:, :, None] * scales_n1R[:, 0, at : at + rank]
+            own_Tnr = inner_TnR[:, :, at : at + rank] * factors_Tnr
+            ys[linear].addmm_(own_Tnr.view(-1, n * rank), b_nrN.reshape(n * rank, -1))
+
+    def _mix_each(self, ys: Sequence[torch.Tensor], x_TK: torch.Tensor, weights_PTn: torch.Tensor) -> None:
+        """Do what `mix` does one adapter after another, each for the rows that use it."""
+        for linear, at, rank, b_nrN in self._linears:
+            used_nT = (weights_PTn[linear] != 0).T
+            for place in used_nT.any(1).nonzero()[:, 0].tolist():
+                rows = used_nT[place].nonzero()[:, 0]
+                inner = torch.mm(x_TK[rows], self._a[place, at : at + rank].T)
+                factors = weights_PTn[linear, rows, place, None].to(x_TK.dtype) * self._scales[place, 0, at]
+                y = ys[linear]
+                y[rows] = torch.addmm(y[rows], inner * factors, b_nrN[place])
+
 
 class Stacks:
     """The stacks of some linears, by the ranks of the adapters that they hold."""
@@ -137,6 +169,25 @@ class Stacks:
         self._stacks: dict[tuple[int, ...], Stack] = {}
         self._chosen: list[tuple[Stack, tuple[int, ...]]] = []
         self._chosen_for: object = None
+        self._mixtures: dict[tuple[int, ...], tuple[int, dict[tuple[int, ...], Stack]]] = {}
+
+    def of_mixture(self, slots_TJ: np.ndarray) -> list[tuple[Stack, list[int]]]:
+        """Return the stacks of what every row mixes, and which of the columns J are their adapters, in their order."""
+        slots = tuple(slots_TJ[0].tolist())
+        edition, stacks = self._mixtures.get(slots, (-1, {}))
+        if edition != self.pairs.edition:
+            self._mixtures = {other: m for other, m in self._mixtures.items() if self._are_placed(other)}
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for slot in filter(self.pairs.plain.__contains__, slots):
+                groups.setdefault(self.pairs.ranks_of(slot), []).append(slot)
+            stacks = {ranks: stacks.get(ranks) or Stack(self.pairs, ranks) for ranks in groups}
+            for ranks, own in groups.items():
+                stacks[ranks].hold(own)
+            self._mixtures[slots] = self.pairs.edition, stacks
+        return [(stack, [slots.index(slot) for slot in stack.slots]) for stack in stacks.values()]
+
+    def _are_placed(self, slots: tuple[int, ...]) -> bool:
+        return all(slot in self.pairs.versions for slot in slots)
 
     def choose(self, routes: Routes) -> list[tuple[Stack, Gathered]]:
         """Return the stacks that a batch needs, and its rows in their order; other adapters are not worth one."""

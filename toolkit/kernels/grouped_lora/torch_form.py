@@ -1,6 +1,7 @@
 """Matrix products at each adapter's true rank, added to the output in place.
 
-Adapters with few rows each go through batched products of stacked copies (`stacks`), others through two products each.
+Adapters with few rows each, and those that rows mix, go through products of stacked copies (`stacks`), others through
+two products each.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ def paged_lora(
     biases: Sequence[torch.Tensor | None],
 ) -> None:
     """See the api."""
+    if routes.mixture is not None:
+        for stack, columns in pairs.stacks.of_mixture(routes.slots):
+            stack.mix(ys, x, routes.mixture[:, :, columns])
+        return
     stacked: set[int] = set()
     if x.dim() == 2:
         for stack, gathered in pairs.stacks.choose(routes):

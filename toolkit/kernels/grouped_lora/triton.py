@@ -199,6 +199,7 @@ def _expand_row(
     width0,
     width1,
     width2,
+    weights_stride,
     slots,
     size,
     row_parts,
@@ -232,7 +233,7 @@ def _expand_row(
         for part in range(parts):
             h += tl.load(h_ptr + tl.cast(part, tl.int64) * size + place + ranks, mask=ranks < rank, other=0)
         change += tl.sum(b.to(tl.float32) * h[:, None], axis=0)
-    scale = tl.load(weights_ptr + e) * tl.load(scales_ptr + linear * slots + slot)
+    scale = tl.load(weights_ptr + linear * weights_stride + e) * tl.load(scales_ptr + linear * slots + slot)
     y_ptr = _choose(linear, y0_ptr, y1_ptr, y2_ptr)
     y_ptr += tl.load(rows_ptr + e).to(tl.int64) * _choose(linear, y0_stride, y1_stride, y2_stride) + n
     y = tl.load(y_ptr + ns, mask=exists, other=0).to(tl.float32)
@@ -286,6 +287,7 @@ def _expand_tile(
     width0,
     width1,
     width2,
+    weights_stride,
     slots,
     size,
     row_parts,
@@ -317,7 +319,8 @@ def _expand_tile(
         changed |= has
         places = tl.load(places_ptr + e, mask=has, other=0) + tl.load(side_ptr + 2 * slots + slot)
         parts = tl.where(tl.load(single_ptr + e, mask=has, other=0) == 1, row_parts, tile_parts)
-        scale = tl.load(weights_ptr + e, mask=has, other=0) * tl.load(scales_ptr + linear * slots + slot)
+        own = tl.load(weights_ptr + linear * weights_stride + e, mask=has, other=0)
+        scale = own * tl.load(scales_ptr + linear * slots + slot)
         for first in range(0, rank, BLOCK_R):
             ranks = first + tl.arange(0, BLOCK_R)
             begins = _offsets(offsets_ptr, start, ranks, rank, pieces, n, PAGE)

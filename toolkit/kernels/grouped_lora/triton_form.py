@@ -69,13 +69,14 @@ class Inner:
 
 @dataclass(frozen=True)
 class Work:
-    """The work lists of a batch, and how its kernels are configured."""
+    """The work lists of a batch, its weights, `[P, E]` or `[1, E]`, and how its kernels are configured."""
 
     pairs: PagedPairs
     plan: Plan
     blocks: Blocks
     generation: int
     rows: int
+    weights: torch.Tensor
 
     @classmethod
     def of(cls, routes: Routes, pairs: PagedPairs, device: torch.device, *, embedding: bool = False) -> Work:
@@ -85,7 +86,10 @@ class Work:
         row = TABLE.choose("_shrink_token" if embedding else "_shrink_row", generation, **sizes).constants
         tile = TABLE.choose("_shrink_tile", generation, **sizes).constants
         blocks = Blocks(row["BLOCK_R"], tile["BLOCK_M"], tile["BLOCK_R"], embedding)
-        return cls(pairs, routes.plan(pairs.ranks, blocks, device), blocks, generation, rows)
+        plan = routes.plan(pairs.ranks, blocks, device)
+        mixture = routes.mixture
+        weights = plan.weights[None] if mixture is None else mixture.flatten(1).float()[:, plan.choices.flatten()]
+        return cls(pairs, plan, blocks, generation, rows, weights)
 
     def configuration(self, kernel: str, width: int, **constants: int) -> Configuration:
         """Return a kernel's configuration for features of some width; no block of features exceeds a page."""
@@ -199,7 +203,8 @@ def expand(
         sides_ptr=pairs.sides[sides],
         scales_ptr=pairs.scales[sides],
         extras_ptr=pairs.extras,
-        weights_ptr=plan.weights,
+        weights_ptr=work.weights,
+        weights_stride=work.weights.stride(0) if len(work.weights) > 1 else 0,
         single_ptr=plan.single,
         size=plan.size,
         row_parts=inner.row_parts,

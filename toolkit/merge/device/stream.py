@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from itertools import dropwhile, islice
 from typing import Any, cast
 
@@ -24,6 +26,7 @@ from toolkit.errors import UnsupportedError
 from toolkit.merge import device as settings
 from toolkit.merge.device.array import DeviceArray
 from toolkit.merge.device.feeds import Feed, Files, feeds_of, ranges, read_bytes
+from toolkit.merge.device.fused import fuse
 from toolkit.merge.method import Method
 from toolkit.merge.plan import Job
 from toolkit.merge.statistics.files import Statistics
@@ -54,6 +57,12 @@ class DeviceScratch(Scratch):
         self, job: Job, method: Method, surveyed: Any = None, statistics: Statistics | None = None
     ) -> DeviceStream:
         return DeviceStream(job, method, self, surveyed, statistics)
+
+    @cached_property
+    def fuses(self) -> bool:
+        """Whether methods run as one kernel where they are one: on GPUs that Triton compiles for."""
+        known = self.device.type == "cuda" and find_spec("triton") is not None
+        return known and torch.cuda.get_device_capability(self.device) >= (8, 0)
 
     def queue(self) -> AbstractContextManager[object]:
         """Have the device do what is asked for inside in this worker's own order, beside what other workers ask for."""
@@ -145,9 +154,14 @@ class DeviceStream(Stream):
 
     def _merged(self, wanted: Sequence[tuple[int, int]] | Iterator[tuple[int, int]]) -> Iterator[tuple[int, Floats]]:
         state = self.state
+        fused = fuse(self.method, self.job.params, state) if self.scratch.fuses else None
         for start, x, base in self._slices(wanted):
             self._look_through(x)
-            yield start, self._on_base(self._combine(x, state, start), base)
+            if fused is None:
+                yield start, self._on_base(self._combine(x, state, start), base)
+            else:
+                whole = None if base is None else cast(DeviceArray, base).tensor
+                yield start, _floats(fused(cast(DeviceArray, x).tensor, whole, start))
 
     @override
     def _look_through(self, x: Floats) -> None:

@@ -16,6 +16,7 @@ from toolkit.checkpoints.writer import SHARD_BYTES, WeightsWriter, check_free, c
 from toolkit.merge.moe.gates import alike, make_gates
 from toolkit.merge.moe.plan import Plan, make_plan
 from toolkit.merge.moe.spec import MoeSpec
+from toolkit.merge.record import file_identity, files_table
 from toolkit.progress import track
 from toolkit.tables import Report, Table
 
@@ -110,6 +111,8 @@ def _write_companions(plan: Plan, folder: Path) -> None:
     if base.folder:
         copy_companions(base.folder, folder)
     sources = list(dict.fromkeys(expert.source for expert in plan.models.experts.values()))
+    files = set().union(*(model.files() for model in (base, *plan.models.experts.values())))
+    hashes = files_table([file_identity(file, "sample") for file in sorted(files)])
     write_card(
         folder,
         f"{plan.architecture.name} of {len(plan.spec.experts)} experts",
@@ -117,7 +120,7 @@ def _write_companions(plan: Plan, folder: Path) -> None:
         tags=["merge", "moe"],
         base=list(dict.fromkeys([base.source, *sources])),
         spec=plan.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True),
-        details=plan.table().to_markdown(),
+        details="\n\n".join(table.to_markdown() for table in (plan.table(), hashes)),
     )
 
 

@@ -8,7 +8,10 @@ should not get, at length 1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from toolkit.errors import Problem, ToolkitError
 from toolkit.merge.moe.models import EMBEDDINGS
 from toolkit.merge.moe.noise import normals, uniforms
 from toolkit.merge.moe.spec import GateMode, MoeSpec
+from toolkit.merge.nested import MergedCheckpoint
 from toolkit.merge.random import Draws
 from toolkit.progress import Progress, track
 
@@ -177,8 +181,8 @@ def _hidden(base: Checkpoint, mode: GateMode, device: str, progress: Progress) -
     from toolkit.models.hidden import module_inputs
     from toolkit.models.load import load_model, pick_device
 
-    assert base.folder is not None
-    model = load_model(base.folder, device=pick_device(device)).model
+    with ExitStack() as stack:
+        model = load_model(_written(base, stack), device=pick_device(device)).model
     _fold(model, base)
     layers: Any = model.base_model.layers
     modules = [layer.mlp for layer in layers] if mode.startswith("mlp_input") else list(layers)
@@ -189,6 +193,17 @@ def _hidden(base: Checkpoint, mode: GateMode, device: str, progress: Progress) -
         return states.double().mean(0).numpy()
 
     return run
+
+
+def _written(base: Checkpoint, stack: ExitStack) -> Path:
+    """Return a folder from which the base, or what its adapter changes, can be loaded; a merge is written for it."""
+    if isinstance(base, MergedCheckpoint):
+        from toolkit.merge.run import merge
+
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        return merge(base.plan.spec, folder / "base", card=False, quiet=True).path
+    assert base.folder is not None
+    return base.folder
 
 
 def _fold(model: PreTrainedModel, base: Checkpoint) -> None:

@@ -10,7 +10,7 @@ from toolkit.checkpoints.compressed import on_base
 from toolkit.checkpoints.deltas import AdaptedCheckpoint
 from toolkit.checkpoints.layout import INPUT_EMBEDDINGS, Layout
 from toolkit.checkpoints.reader import Checkpoint, open_checkpoint
-from toolkit.checkpoints.tokenizers import read_tokenizer
+from toolkit.checkpoints.tokenizers import other_tokens, read_tokenizer
 from toolkit.errors import Problem, SpecError, ToolkitError
 from toolkit.merge.inputs import change_of
 from toolkit.merge.moe.architectures import PROJECTIONS, Architecture
@@ -19,8 +19,6 @@ from toolkit.merge.plan import open_merge
 from toolkit.merge.spec import MergeSpec
 
 EMBEDDINGS = f"model.{INPUT_EMBEDDINGS[0]}"
-RENAMED = 0.01
-"""Share of its tokens that a fine-tune may have renamed, as chat models do with reserved ones."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,6 @@ def _vocabulary_faults(base: Checkpoint, expert: Checkpoint) -> Iterator[str]:
         if rows[0] != rows[1]:
             yield f"has {rows[0]} tokens, but the base {rows[1]}, and no tokenizer.json says which are the same"
         return
-    by_id = {index: token for token, index in ours.items()}
-    other = sum(by_id.get(index, token) != token for token, index in theirs.items())
-    if other > RENAMED * len(by_id):
-        yield f"its vocabulary is another: {other} of {len(theirs)} tokens have ids that mean other tokens in the base"
+    fault = other_tokens(ours, theirs)
+    if fault:
+        yield f"its vocabulary is another: {fault} in the base"

@@ -9,11 +9,11 @@ import numpy as np
 
 from toolkit.checkpoints.dtypes import Bytes, DType, Floats, encode
 from toolkit.checkpoints.headers import TensorInfo
+from toolkit.merge.job import Place
 from toolkit.merge.moe.architectures import PROJECTIONS, Architecture
 from toolkit.merge.moe.models import EMBEDDINGS, Models, is_buffer, mlp_name
 from toolkit.merge.moe.noise import normals
 from toolkit.merge.moe.spec import ExpertSpec, MoeSpec
-from toolkit.merge.plan import Place
 from toolkit.merge.random import Draws
 
 

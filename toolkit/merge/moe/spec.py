@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from toolkit.errors import Problem
-from toolkit.merge.spec import MergeSpec, Model, PlainModel  # noqa: F401 - pydantic looks up what Model mentions
+from toolkit.merge.spec import MergeSpec, Model  # noqa: F401 - pydantic looks up what Model mentions
 from toolkit.specs import Spec
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -45,7 +45,7 @@ class MoeSpec(Spec):
     """A mixture of experts.
 
     Attributes:
-        base_model: whose attention, norms, embeddings, config and tokenizer the output has.
+        base_model: whose attention, norms, embeddings, config and tokenizer the output has; it may be a merge.
         experts: among which the router chooses, token by token.
         gate_mode: what a router holds for an expert, layer by layer: `hidden` (or `hidden_last`) the state that enters
             the layer at the last token of its prompts, `hidden_avg` the mean over their tokens; `mlp_input` and
@@ -58,7 +58,7 @@ class MoeSpec(Spec):
         seed: of random routers and of noise.
     """
 
-    base_model: PlainModel
+    base_model: Model
     experts: Annotated[list[ExpertSpec], Field(min_length=1)]
     gate_mode: GateMode = "hidden"
     dtype: str | None = None

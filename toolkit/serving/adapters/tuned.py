@@ -2,7 +2,8 @@
 
 Tensors with the same bytes are kept once, whichever fine-tunes they come from (Lin et al., "BlockLLM: Multi-tenant
 Finer-grained Serving for Large Language Models", 2024, arXiv:2404.18322, shares blocks among fine-tunes). Compressed
-deltas stay compressed: a module's weights are rebuilt while it runs, and thrown away.
+deltas stay compressed: of a linear, what one bit per weight stands for is added to its outputs; other modules' weights
+are rebuilt while they run, and thrown away.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import torch
+from torch import nn
 from typing_extensions import override
 
 from toolkit.checkpoints.compressed import Compressed, open_compressed
 from toolkit.checkpoints.reader import open_checkpoint
 from toolkit.errors import CheckpointError
+from toolkit.kernels.delta_linear import BitDeltas
 from toolkit.kernels.grouped_lora import Pair
 from toolkit.serving.adapters.contents import Contents, Source
 from toolkit.serving.adapters.folders import by_module, check_shape, check_unchanged, folder_hash
 from toolkit.serving.adapters.target import Target
-from toolkit.serving.changes import Change, Rebuilt, Replaced
+from toolkit.serving.changes import BitChange, Change, Rebuilt, Replaced
 
 
 class SharedTensors:
@@ -125,7 +128,8 @@ class CompressedSource(_TunedSource):
         changes: dict[str, Change] = {m: Replaced(values) for m, values in whole.items() if m not in rebuilt}
         for module, makers in rebuilt.items():
             kept = {name: _Rebuild({"whole": value}) for name, value in whole.get(module, {}).items()}
-            changes[module] = Rebuilt({**makers, **kept})
+            own = {**makers, **kept}
+            changes[module] = _bit_change(self.target.modules[module], own) or Rebuilt(own)
         return Contents(pairs, changes)
 
     def _pair(self, module: str, parts: Mapping[str, torch.Tensor]) -> Pair:
@@ -167,6 +171,16 @@ class _Rebuild:
             scale = parts["scale"].float()
             change = change * (scale if scale.numel() == 1 else scale.view(*base.shape[:-1], 1))
         return (base.float() + change).to(base.dtype)
+
+
+def _bit_change(module: nn.Module, recipes: Mapping[str, _Rebuild]) -> BitChange | None:
+    """Return a linear's change where it is one bit per weight and nothing else."""
+    parts = recipes["weight"].parts if recipes.keys() == {"weight"} else {}
+    bits = parts.get("mask", parts.get("signs"))
+    if bits is None or not isinstance(module, nn.Linear):
+        return None
+    shape = module.out_features, module.in_features
+    return BitChange(BitDeltas.of_one(bits, shape, parts.get("scale"), parts.get("vector")))
 
 
 def _bits(packed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
