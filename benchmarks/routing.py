@@ -98,7 +98,7 @@ def tasks_as_experts(data: Path, limit: int) -> dict[str, Any]:
     prompts = [user_text(row) for file in tests.values() for row in read_rows(file)][::20]
     experts = {task: {"data": str(folder / task / "train.jsonl"), "limit": limit} for task in TASKS}
     for name, spec in KINDS.items():
-        router = fit_router(spec | {"form": 0.3, "experts": experts}, quiet=True)
+        router = fit_router(spec | {"form": 0.3, "experts": experts, "folds": 0}, quiet=True)
         numbers = evaluate_router({"router": router, "data": tests}, quiet=True).numbers
         taken = [_seconds(lambda p=prompt, r=router: r.choose([p])) for prompt in prompts]
         merged = _right(numbers["confusion"])

@@ -29,6 +29,8 @@ from toolkit.merge.moe.build import build_moe
 from toolkit.merge.run import merge
 from toolkit.routing.compare import compare_routers
 from toolkit.routing.fit import fit_router
+from toolkit.routing.fusion.run import fuse_logits
+from toolkit.routing.token.fit import fit_gates
 from toolkit.serving.serve import open_engine
 from toolkit.serving.spec import ServeSpec
 from toolkit.specs import load
@@ -59,6 +61,7 @@ def serve_smoke(path: Path, out: Path) -> None:
     with open_engine(load(path, ServeSpec, smoke=True)) as engine:
         out.mkdir()
         assert engine.generate(["hello"], "auto")[0].model in engine.models
+        assert engine.generate(["hello"] * len(engine.models), engine.models)
 
 
 def run_by_kind(path: Path, out: Path) -> None:
@@ -67,6 +70,10 @@ def run_by_kind(path: Path, out: Path) -> None:
         serve_smoke(path, out)
     elif path.name == "evaluate.yaml":
         evaluate_router(path, out, smoke=True, quiet=True)
+    elif path.name == "gates.yaml":
+        fit_gates(path, out, smoke=True, quiet=True)
+    elif path.name == "fusion.yaml":
+        fuse_logits(path, out, smoke=True, quiet=True)
     elif path.name.startswith("compare"):
         compare_routers(path, out, smoke=True, quiet=True)
     elif path.name.startswith("learn"):
@@ -188,19 +195,22 @@ def test_table_of_merge_methods_is_what_their_files_say():
     assert text == module.written(text), "run python tools/methods_table.py"
 
 
-def test_tour_notebook(here, monkeypatch):
+@pytest.mark.parametrize(("name", "tables"), [("tour", 8), ("route", 12)])
+def test_notebook(name, tables, here, monkeypatch):
     monkeypatch.setenv("TOUR_STEPS", "2")
-    notebook = nbformat.read(ROOT / "notebooks" / "tour.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "notebooks are committed without outputs"
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(here))
     shown = [o for c in notebook.cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
-    assert len(shown) >= 8, "results print as tables"
+    assert len(shown) >= tables, "results print as tables"
+    drawn = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert bool(drawn) == (name == "route")
 
 
 def test_notebook_uses_every_public_function():
     import toolkit
 
-    source = (ROOT / "notebooks" / "tour.ipynb").read_text()
+    source = "".join(path.read_text() for path in sorted((ROOT / "notebooks").glob("*.ipynb")))
     unused = {n for n in toolkit.__all__ if n[0].islower() and f"toolkit.{n}(" not in source}
     assert unused <= {
         "align",

@@ -207,6 +207,31 @@ def test_endpoint_sends_its_key_and_reads_what_is_left_out(stub, monkeypatch):
         endpoint("hi")
 
 
+def test_cascade_of_our_server_and_a_foreign_one_abstains(base, stub):
+    """Cheap is a served base, strong a server of somebody else's; which answers come is told by the thresholds."""
+    url, told = stub
+    sure = {"content": [{"logprob": math.log(0.5)}, {"logprob": math.log(0.5)}]}
+    told["body"] = json.dumps({"choices": [{"message": {"content": "far"}, "logprobs": sure}]}).encode()
+    strong = Endpoint(url, "large")
+    with Engine(str(base)) as engine, background_server(engine) as own:
+        cheap = Endpoint(f"{own}/v1", "base", max_tokens=4)
+        near = confidence("hello", cheap("hello"))
+        taken = Cascade([cheap, strong], confidence, near, abstain=near)("hello")
+        assert (taken.model, len(told["seen"])) == ("base", 0), "an answer that is sure enough never leaves the house"
+        passed = Cascade([cheap, strong], confidence, near + 0.01, abstain=0.5)("hello")
+        assert (passed.text, passed.model) == ("far", "large")
+        assert [stage.reliability for stage in passed.stages] == pytest.approx([near, 0.5])
+        withheld = Cascade([cheap, strong], confidence, near + 0.01, abstain=0.51)("hello")
+        assert (withheld.text, withheld.model) == (None, None)
+        assert [stage.text for stage in withheld.stages][1] == "far"
+        assert len(told["seen"]) == 2
+        references = [Reference("1 + 1?", "2", True), Reference("1 + 1?", "3", False)]
+        asking = MetaRanking(references, AskedComparator(cheap))
+        judged = Cascade([strong, cheap], asking, 3.0)("hello")
+        assert judged.model == "base"
+        assert -2 <= judged.stages[0].reliability <= 2
+
+
 @pytest.mark.parametrize("body", [b"{}", b"not json", b"[]", b'{"choices": []}', b'{"choices": [{"message": 5}]}'])
 def test_answers_that_are_none(body, stub):
     url, told = stub

@@ -241,6 +241,33 @@ def test_calibrated_cost_by_prompts_alone(data):
         calibrate_router(spec | {"costs": {"weak": 1.5, "strong": 4.0}}, data / "other")
 
 
+def test_calibrated_scope_is_that_of_the_prompts_given(data):
+    """Reworded prompts are farther from the fit's than these are from each other; the scope follows them."""
+    texts = {"sums": [r["prompt"] for r in rows_of()[::2]], "capitals": [r["prompt"] for r in rows_of()[1::2]]}
+    for name, prompts in texts.items():
+        write_rows(data / f"{name}.jsonl", [{"prompt": prompt} for prompt in prompts])
+    spec = {"words": {"buckets": 256, "dimensions": 16}, "experts": {n: str(data / f"{n}.jsonl") for n in texts}}
+    fit_router(spec | {"scope": 0.01}, data / "router", quiet=True)
+    asked = [f"Could you please tell me, {prompt.lower()}" for prompts in texts.values() for prompt in prompts]
+    write_rows(data / "asked.jsonl", [{"prompt": prompt} for prompt in asked])
+    before = load_router(data / "router")
+    assert sum(choice.reason == "out of scope" for choice in before.choose(asked)) > 0.2 * len(asked)
+    found = {"router": str(data / "router"), "prompts": str(data / "asked.jsonl"), "scope": 0.05}
+    numbers = calibrate_router(found).numbers
+    after = load_router(data / "router")
+    out = sum(choice.reason == "out of scope" for choice in after.choose(asked)) / len(asked)
+    assert numbers["out_of_scope"] == out <= 0.05
+    vectors, known = after.features(asked), after.features([p for prompts in texts.values() for p in prompts])
+    lengths = np.outer(np.linalg.norm(vectors, axis=1), np.linalg.norm(known, axis=1))
+    nearest = 1 - (vectors @ known.T / lengths).max(axis=1)
+    assert (nearest >= numbers["max_novelty"] - 1e-6).mean() >= 0.05, "no nearer bound would do"
+    np.testing.assert_array_equal(after.score(asked), before.score(asked))
+    with pytest.raises(SpecError, match="give one of share"):
+        calibrate_router(found | {"cost": 1.0})
+    with pytest.raises(SpecError, match="scope: the router keeps no prompts to compare with; fit it with"):
+        calibrate_router(found | {"router": fit_router(spec, quiet=True)})
+
+
 def compare_spec(data, **changes):
     routers = {name: {"router": name, "features": "words"} for name in ("linear", "knn")}
     features = {"words": {"words": {"buckets": 256, "dimensions": 8}}}

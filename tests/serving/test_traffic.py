@@ -18,6 +18,9 @@ from toolkit.serving.ticket import Ticket
 MOST = 1_000
 """One answer in as many may differ where the two best logits are as good as equal."""
 
+ALONE = ("dora", "prefix", "arrow", "pair")
+"""What cannot be combined; the last two are token routers."""
+
 CLOSE = 1e-4
 """How close, as a share of the logits' spread."""
 
@@ -34,12 +37,12 @@ class Count:
 def random_model(rng: random.Random, names: list[str]) -> str:
     if rng.random() < 0.75:
         return rng.choice(["base", *names])
-    combined = [name for name in names if name not in ("dora", "prefix")]
+    combined = [name for name in names if name not in ALONE]
     parts = rng.sample(combined, rng.choice([2, 2, 3]))
     return "+".join(f"{part}:{rng.choice([0.3, 0.5, 1, -0.4])}" for part in parts)
 
 
-def is_its_own(oracle: Oracle, name: str, prompt: list[int], output: list[int]) -> bool:
+def is_its_own(oracle: Any, name: str, prompt: list[int], output: list[int]) -> bool:
     """Tell whether every token is the likeliest after those before it, or as likely as that but for rounding."""
     with torch.inference_mode():
         logits = oracle.model(name)(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1].float()
@@ -48,7 +51,7 @@ def is_its_own(oracle: Oracle, name: str, prompt: list[int], output: list[int]) 
     return bool((best - chosen <= CLOSE * spread).all())
 
 
-def drive(engine: Engine, oracle: Oracle, names: list[str], count: int, rng: random.Random) -> Count:
+def drive(engine: Engine, oracle: Any, names: list[str], count: int, rng: random.Random) -> Count:
     """Send requests in bursts, cancel some, register and remove an adapter now and then; check after every step."""
     met, alive = Count(), {}
     openings = [[rng.randrange(256) for _ in range(rng.choice([5, 20, 40]))] for _ in range(4)]

@@ -49,6 +49,24 @@ def fit(
 
 
 @app.command()
+def gates(
+    spec: SpecFile,
+    out: Out = None,
+    set_: Set = [],  # noqa: B006 - as above
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    smoke: Smoke = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the gates of a token router over frozen adapters."""
+    from toolkit.routing.token.fit import fit_gates
+
+    overrides = with_trust(set_, trust_remote_code)
+    show(fit_gates(spec, out, overrides=overrides, smoke=smoke, overwrite=overwrite, quiet=quiet), json)
+
+
+@app.command()
 def evaluate(
     spec: SpecFile,
     out: Out = None,
@@ -110,3 +128,25 @@ def compare(
     from toolkit.routing.compare import compare_routers
 
     show(compare_routers(spec, out, overrides=set_, smoke=smoke, overwrite=overwrite, quiet=quiet), json)
+
+
+@app.command()
+def fuse(
+    spec: SpecFile,
+    out: Out = None,
+    prompt: Annotated[
+        list[str], typer.Option(help="What is asked, instead of the spec's prompts; may be given several times.")
+    ] = [],  # noqa: B006 - as above
+    set_: Set = [],  # noqa: B006 - as above
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    smoke: Smoke = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Answer prompts with a large model that small experts steer at every step."""
+    from toolkit.routing.fusion.run import fuse_logits
+
+    overrides = with_trust(set_, trust_remote_code)
+    options = {"smoke": smoke, "overwrite": overwrite, "quiet": quiet}
+    show(fuse_logits(spec, out, prompts=prompt, overrides=overrides, **options), json)

@@ -17,6 +17,14 @@ def serve(
         list[str], typer.Option(help="Adapter to serve; may be given several times.", metavar="NAME=PATH")
     ] = [],  # noqa: B006 - as above
     router: Annotated[str | None, typer.Option(help="Folder of a fitted router, for the model auto.")] = None,
+    token_router: Annotated[
+        list[str],
+        typer.Option(
+            help="Model that mixes adapters token by token, and the folder of its trained router; may be given several"
+            " times.",
+            metavar="NAME=FOLDER",
+        ),
+    ] = [],  # noqa: B006 - as above
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[
         int | None, typer.Option(help="Port to listen on; 0 takes a free one.", show_default="8000")
@@ -49,6 +57,8 @@ def serve(
     options |= {"adapter_roots": adapter_root} if adapter_root else {}
     if adapter:
         options["adapters"] = named_paths(adapter, "--adapter")
+    if token_router:
+        options["token_routers"] = named_paths(token_router, "--token-router")
     if max_requests:
         options["limits"] = {"max_requests": max_requests}
     spec = model if is_spec(model) else {"model": model}

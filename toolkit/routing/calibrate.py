@@ -17,6 +17,7 @@ from toolkit.names import did_you_mean
 from toolkit.routing.examples import Examples, read_outcomes
 from toolkit.routing.policy import price_for
 from toolkit.routing.router import Router, load_router
+from toolkit.routing.scope import novelty
 from toolkit.routing.spec import CalibrateSpec
 from toolkit.tables import Cell, Report, Table
 
@@ -42,6 +43,8 @@ def calibrate_router(
 ) -> Calibration:
     """Find the price of cost at which a router keeps to a budget, and save the router with it.
 
+    Or, for a `scope`, the distance from the prompts of the fit beyond which that share of the prompts lies.
+
     A choice is the expert of the largest score less `price` times its cost. For a `share`, the expert costs 1 and the
     others nothing, so the price is the threshold by which its score must be ahead. The router's own folder is replaced
     where no other is named.
@@ -58,20 +61,38 @@ def calibrate_router(
     if folder is not None:
         check_free(Path(folder), overwrite=overwrite or own)
     examples = read_outcomes(loaded.outcomes) if loaded.outcomes else None
-    costs = _costs(loaded, router, examples)
     prompts = examples.prompts if examples else [user_text(row) for row in read_rows(loaded.prompts or [])]
+    result = _scoped(loaded, router, prompts) if loaded.scope else _priced(loaded, router, prompts, examples)
+    if folder is not None and result.router is not None:
+        result.router.save(folder, overwrite=overwrite or own)
+    return result
+
+
+def _scoped(spec: CalibrateSpec, router: Router, prompts: Sequence[str]) -> Calibration:
+    """Set how far a prompt may be from those of the fit."""
+    if router.references is None:
+        raise spec.error([Problem("scope", "the router keeps no prompts to compare with; fit it with `scope`")])
+    distances = novelty(router.features(prompts), router.references)
+    most = float(np.quantile(distances, 1 - float(spec.scope or 0)))
+    changed = router.changed(policy=router.policy.model_copy(update={"max_novelty": most}))
+    out = float((distances > most).mean())
+    numbers = {"max_novelty": most, "out_of_scope": out, "prompts": len(prompts), "version": changed.version}
+    rows: list[list[Cell]] = [["max_novelty", most], ["share out of scope", out]]
+    return Calibration(numbers, [Table(("on the given prompts", ""), rows, digits=4)], changed)
+
+
+def _priced(spec: CalibrateSpec, router: Router, prompts: Sequence[str], examples: Examples | None) -> Calibration:
+    """Set the price of cost."""
+    costs = _costs(spec, router, examples)
     scores = router.score(prompts)
-    budget = next(iter(loaded.share.values())) if loaded.share else float(loaded.cost or 0)
+    budget = next(iter(spec.share.values())) if spec.share else float(spec.cost or 0)
     column = np.array([costs.get(name, 0.0) for name in router.experts])
     try:
-        price = price_for(scores, column, budget, exact=loaded.share is not None)
+        price = price_for(scores, column, budget, exact=spec.share is not None)
     except SpecError as error:
-        raise loaded.error([Problem("cost", str(error))]) from None
+        raise spec.error([Problem("cost", str(error))]) from None
     policy = router.policy.model_copy(update={"costs": costs, "price": price})
-    changed = router.changed(policy=policy)
-    if folder is not None:
-        changed.save(folder, overwrite=overwrite or own)
-    return _report(changed, scores, column, examples)
+    return _report(router.changed(policy=policy), scores, column, examples)
 
 
 def _costs(spec: CalibrateSpec, router: Router, examples: Examples | None) -> dict[str, float]:

@@ -7,15 +7,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from scipy import sparse
 
 from toolkit import specs
 from toolkit.checkpoints.writer import check_free
-from toolkit.errors import Problem, SpecError, UnsupportedError
-from toolkit.routing import scope
+from toolkit.errors import DataError, Problem, SpecError, UnsupportedError
+from toolkit.routing import drift, scope
 from toolkit.routing.embedding import Embedder
 from toolkit.routing.examples import Examples, read_labelled, read_outcomes
 from toolkit.routing.features import Features
+from toolkit.routing.ops import Vectors
 from toolkit.routing.policy import check_policy
 from toolkit.routing.router import Router, kind_module
 from toolkit.routing.spec import FeaturesSpec, RouteSpec
@@ -65,6 +67,7 @@ def fit_router(
     features = Features(FeaturesSpec(**seen), embedder=embedder)
     vectors = features.fit(examples.prompts, quiet=quiet)
     router = fitted(loaded.router, params, features, vectors, examples)
+    router.histograms = _histograms(module, params, features, vectors, examples, loaded.folds)
     policy = loaded.policy
     if loaded.scope is not None:
         router.references, distance = scope.fit(vectors, loaded.scope)
@@ -109,3 +112,33 @@ def parameters(module: ModuleType, given: Mapping[str, Any], where: str = "param
     except SpecError as error:
         found = [Problem(f"{where}.{p.where}" if p.where else where, p.message) for p in error.problems]
         raise SpecError(found) from None
+
+
+def _histograms(
+    module: ModuleType, params: Any, features: Features, vectors: Any, examples: Examples, folds: int
+) -> dict[str, Vectors]:
+    """Return how scores of new prompts are distributed, by fits that leave a part of them out; nothing of too few."""
+    if folds < 2 or len(examples) < drift.FEWEST:
+        return {}
+    order, found = np.random.default_rng(0).permutation(len(examples)), []
+    for out in np.array_split(order, folds):
+        again, known = _embedded_already(features, vectors, examples), examples.take(np.setdiff1d(order, out))
+        try:
+            state = fit_state(module, params, again.fit(known.prompts, quiet=True), known)
+        except DataError:  # an expert has too few prompts to do without some
+            return {}
+        found.append(module.score(again(examples.take(out).prompts), state))
+        if sum(map(len, found)) >= drift.ENOUGH:
+            break
+    return drift.fit(np.concatenate(found))
+
+
+def _embedded_already(features: Features, vectors: Any, examples: Examples) -> Features:
+    """Return features to be fitted anew on some of the prompts, which embed none of them again."""
+    if features.spec.embedding is None:
+        return Features(features.spec)
+    # The vectors begin with the embedding, centred and scaled; the new fit does both again, so nothing comes of it.
+    own = vectors[:, : features.state["embedding.mean"].size]
+    own = own.toarray() if sparse.issparse(own) else own
+    places = {text: at for at, text in enumerate(examples.prompts)}
+    return Features(features.spec, embedder=lambda texts: own[[places[text] for text in texts]])

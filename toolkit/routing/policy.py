@@ -51,12 +51,14 @@ class Choice:
         scores: of all experts.
         weights: the experts that the policy takes and their shares, which sum to 1.
         reason: why it is this one.
+        version: of the router, where a server says which one it was.
     """
 
     expert: str
     scores: dict[str, float]
     weights: dict[str, float] = field(default_factory=dict)
     reason: Reason = "best"
+    version: str = ""
 
     @property
     def margin(self) -> float | None:
@@ -72,6 +74,11 @@ def check_policy(policy: PolicySpec, experts: Sequence[str]) -> list[Problem]:
     if policy.top > len(experts):
         found.append(Problem("policy.top", f"there are {len(experts)} experts, got {policy.top}"))
     return found
+
+
+def may_fall_back(policy: PolicySpec) -> bool:
+    """Tell whether any prompt can go to the fallback."""
+    return any(bound is not None for bound in (policy.minimum, policy.confidence, policy.max_novelty))
 
 
 def values(scores: NDArray[np.float32], experts: Sequence[str], policy: PolicySpec) -> NDArray[np.float64]:

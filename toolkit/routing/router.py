@@ -36,6 +36,7 @@ from toolkit.checkpoints.locate import locate
 from toolkit.checkpoints.reader import open_checkpoint, read_json
 from toolkit.checkpoints.writer import staged, write_text, write_weights
 from toolkit.errors import CheckpointError, MissingError, SpecError, UnsupportedError
+from toolkit.routing import drift
 from toolkit.routing.embedding import Embedder, EmbeddingSpec
 from toolkit.routing.features import Features
 from toolkit.routing.ops import State, Vectors, check_arrays, inside, within
@@ -48,6 +49,7 @@ __all__ = ["Choice", "Router", "kind_module", "load_router"]
 
 ROUTERS = "toolkit.routing.routers"
 CONFIG = "router.json"
+WEIGHTS = "router.safetensors"
 FORMAT = 2
 """Of the folder; it changes when an older toolkit would misread a new folder."""
 
@@ -63,6 +65,7 @@ class Router:
         policy: how a choice follows from the scores.
         references: `[R, H]` prompts of the fit that novelty is measured by.
         domains: category -> mean quality of each expert on the prompts of the fit, to compare with.
+        histograms: of scores at the fit, by which drift is told; see `toolkit.routing.drift`.
     """
 
     def __init__(
@@ -74,10 +77,12 @@ class Router:
         policy: PolicySpec | None = None,
         references: Vectors | None = None,
         domains: Mapping[str, list[float]] | None = None,
+        histograms: State | None = None,
     ) -> None:
         self.kind, self.experts, self.state, self.features = kind, tuple(experts), dict(state), features
         self.module = kind_module(kind)
         self.policy, self.references, self.domains = policy or PolicySpec(), references, dict(domains or {})
+        self.histograms = dict(histograms or {})
 
     @property
     def embedding(self) -> EmbeddingSpec | None:
@@ -105,10 +110,15 @@ class Router:
         distance = None if self.references is None else novelty(vectors, self.references)
         return decide(self.module.score(vectors, self.state), self.experts, self.policy, distance)
 
+    def drift(self, prompts: Sequence[str]) -> dict[str, float]:
+        """Return how far the scores of prompts are distributed from those of the fit; see `toolkit.routing.drift`."""
+        return drift.index(self.score(prompts), self.histograms)
+
     def add(self, expert: str, prompts: Sequence[str]) -> Router:
         """Return a router with one more expert, from prompts that were made for it.
 
-        The features, and the other experts' scores, stay the same to the bit.
+        The features, and the other experts' scores, stay the same to the bit. The histograms of the fit go, for the
+        best of more scores is distributed in another way.
 
         Raises:
             UnsupportedError: the kind has to be fitted anew, or the expert is there already.
@@ -119,11 +129,11 @@ class Router:
         if expert in self.experts:
             raise UnsupportedError(f"the router has an expert {expert!r} already")
         state = self.module.add(self.state, self.features(prompts))
-        return self.changed(experts=(*self.experts, expert), state=state, domains={})
+        return self.changed(experts=(*self.experts, expert), state=state, domains={}, histograms={})
 
     def changed(self, **changes: Any) -> Router:
         """Return a router with other values of some of the constructor's arguments."""
-        own = ("kind", "experts", "state", "features", "policy", "references", "domains")
+        own = ("kind", "experts", "state", "features", "policy", "references", "domains", "histograms")
         return Router(**({name: getattr(self, name) for name in own} | changes))
 
     @property
@@ -137,6 +147,7 @@ class Router:
     def _arrays(self) -> dict[str, NDArray[np.float32]]:
         scope = {} if self.references is None else {"scope.references": self.references}
         found = within("router", self.state) | within("features", self.features.state) | scope
+        found |= within("drift", self.histograms)
         return {name: np.ascontiguousarray(value, np.float32) for name, value in found.items()}
 
     def _config(self) -> dict[str, Any]:
@@ -212,8 +223,10 @@ def load_router(source: Router | str | Path, *, trust_remote_code: bool = False)
     features = Features(spec, inside(arrays, "features"))
     kind, experts = config["router"], config["experts"]
     references = arrays.get("scope.references")
-    router = Router(kind, experts, inside(arrays, "router"), features, policy, references, config.get("domains"))
+    state, histograms = inside(arrays, "router"), inside(arrays, "drift")
+    router = Router(kind, experts, state, features, policy, references, config.get("domains"), histograms)
     try:
+        drift.check(histograms)
         router.module.check(router.state, len(experts))
         features.check()
         if references is not None:
@@ -256,7 +269,7 @@ def _block(path: Path, config: Mapping[str, Any], name: str, model: type[specs.T
 
 def _read_arrays(folder: Path) -> dict[str, NDArray[np.float32]]:
     arrays: dict[str, NDArray[np.float32]] = {}
-    with open_checkpoint(folder / "router.safetensors") as weights:
+    with open_checkpoint(folder / WEIGHTS) as weights:
         for name, info in weights.tensors.items():
             arrays[name] = np.empty(info.shape, np.float32)
             weights.read(name, 0, info.count, arrays[name].reshape(-1))

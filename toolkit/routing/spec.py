@@ -75,6 +75,8 @@ class RouteSpec(FeaturesSpec):
         outcomes: measured answers, instead of `experts`.
         parameters: of the router's kind.
         policy: how a choice follows from the scores.
+        folds: parts of the prompts; as many more fits, each without one of them, tell how new prompts score, and so
+            what drift is. Of many prompts not all parts are needed. 0 saves those fits, and nothing is then told.
         scope: share of the router's own prompts that may be taken for prompts of another kind; what is farther from
             all of them goes to the policy's fallback. Without it nothing is out of scope.
         out: folder to write.
@@ -86,6 +88,7 @@ class RouteSpec(FeaturesSpec):
     parameters: dict[str, Any] = Field(default_factory=dict)
     policy: PolicySpec = PolicySpec()
     scope: Share | None = None
+    folds: Annotated[int, Field(ge=0)] = 5
     out: Folder | None = None
 
     @field_validator("experts", mode="before")
@@ -196,6 +199,9 @@ class CalibrateSpec(Spec):
         outcomes: measured answers.
         share: expert -> share of the requests that it is to get.
         cost: most cost per request on average, in the unit of the costs.
+        scope: share of the prompts that may be taken for prompts of another kind, for a router that was fitted with
+            `scope`; such as prompts in the users' own words, which are farther from those of the fit than these are
+            from each other.
         costs: expert -> cost of an answer; by default those of the outcomes.
         trust_remote_code: run code that comes with the model of the router's embedding.
         out: folder to write; by default the router's own.
@@ -206,6 +212,7 @@ class CalibrateSpec(Spec):
     outcomes: OutcomesSpec | None = None
     share: Annotated[dict[str, Share], Field(min_length=1, max_length=1)] | None = None
     cost: float | None = None
+    scope: Share | None = None
     costs: dict[str, float] = Field(default_factory=dict)
     trust_remote_code: bool = False
     out: Folder | None = None
@@ -214,6 +221,6 @@ class CalibrateSpec(Spec):
     def _one_each(self) -> CalibrateSpec:
         if (self.prompts is None) == (self.outcomes is None):
             raise ValueError("give either prompts or outcomes")
-        if (self.share is None) == (self.cost is None):
-            raise ValueError("give either share (such as {strong: 0.3}) or cost (per request)")
+        if sum(wanted is not None for wanted in (self.share, self.cost, self.scope)) != 1:
+            raise ValueError("give one of share (such as {strong: 0.3}), cost (per request) and scope (such as 0.01)")
         return self

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from toolkit.checkpoints.locate import locate
 from toolkit.data.tokenizer import Tokenizer
-from toolkit.errors import MissingError, Problem, SpecError
+from toolkit.errors import MissingError, Problem, SpecError, ToolkitError
 from toolkit.kernels.impl import Impl
 from toolkit.routing.embedding import HiddenStates
+from toolkit.routing.policy import may_fall_back
 from toolkit.routing.router import Router, load_router
+from toolkit.routing.token.spec import token_router_spec
 from toolkit.serving.adapters.open import open_source
 from toolkit.serving.adapters.pool import AdapterPool, check_name
 from toolkit.serving.adapters.target import Target
@@ -76,6 +79,25 @@ def assemble(
     return runner, pool, scheduler
 
 
+def add_token_routers(pool: AdapterPool, specs: Mapping[str, Any]) -> None:
+    """Make the token routers over the adapters of a pool, each from its block or its folder.
+
+    Raises:
+        SpecError: one that cannot be served.
+    """
+    problems = []
+    for name, spec in specs.items():
+        try:
+            check_name(name)
+            if name in pool.infos:
+                raise SpecError("an adapter has this name")
+            pool.token_routers.add(name, token_router_spec(spec))
+        except ToolkitError as error:
+            problems.append(Problem(f"token_routers.{name}", str(error)))
+    if problems:
+        raise SpecError(problems)
+
+
 def _pages_for(sizes: Sequence[int], count: int, page_bytes: int) -> int:
     """Return the pages of as many adapters as a batch can have, the largest ones."""
     return sum(-(-nbytes // page_bytes) + 1 for nbytes in sorted(sizes, reverse=True)[:count])
@@ -91,21 +113,24 @@ def served_router(
     """Return a router that embeds with the served model where it was fitted with it.
 
     Raises:
-        SpecError: it chooses among experts that are not served.
+        SpecError: it chooses among experts that are not served, or falls back to what is not.
     """
     loaded = router if isinstance(router, Router) else load_router(router)
-    absent = [name for name in loaded.experts if name != BASE and name not in adapters]
+    fallback = [loaded.policy.fallback] if may_fall_back(loaded.policy) else []
+    named = dict.fromkeys([*loaded.experts, *fallback])
+    absent = [name for name in named if name != BASE and name not in adapters]
     if absent:
         served = ", ".join([BASE, *adapters])
         message = f"the router chooses among {', '.join(absent)}, which are not served (served: {served})"
         raise SpecError([Problem("router", message)])
     spec = loaded.embedding
-    if spec is not None and _is_same(spec.model, source):
+    if spec is not None and same_model(spec.model, source):
         loaded.embedder = HiddenStates(model, tokenizer, spec.layer, spec.max_length, spec.prefix)
     return loaded
 
 
-def _is_same(model: object, source: str) -> bool:
+def same_model(model: object, source: str) -> bool:
+    """Tell whether a router's embedding names the served model."""
     try:
         return isinstance(model, str) and locate(model) == locate(source)
     except MissingError:

@@ -6,7 +6,6 @@ import gc
 import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +22,7 @@ from toolkit.routing.router import Choice, Router
 from toolkit.serving.adapters.contents import Source
 from toolkit.serving.adapters.open import open_source
 from toolkit.serving.adapters.pool import AdapterInfo
-from toolkit.serving.assemble import assemble, longest, served_router
+from toolkit.serving.assemble import add_token_routers, assemble, longest, served_router
 from toolkit.serving.attention import NAME
 from toolkit.serving.guided import Guides
 from toolkit.serving.loading import load, set_attention
@@ -32,6 +31,7 @@ from toolkit.serving.mix import AUTO, BASE, Mix, parse_model
 from toolkit.serving.prefix_groups import batch_order
 from toolkit.serving.prompts import Prompt, encode_prompt
 from toolkit.serving.request import Delta, FinishReason, Request, Sampling, TokenLogprob
+from toolkit.serving.routing import Routing
 from toolkit.serving.sampling import Sampler
 from toolkit.serving.sites import remove_sites
 from toolkit.serving.spec import Limits
@@ -55,6 +55,8 @@ class Engine:
             by `close`.
         adapters: folders of adapters, full fine-tunes or compressed deltas by name.
         router: a saved router, or one in memory; it is asked for the model `auto`.
+        token_routers: routers over the adapters, by the names of the models that they are: each a block such as
+            `{"router": "arrow", "adapters": [...]}`, or the folder of a trained one.
         limits: sizes of the batch and of the cache.
         device: `auto`, `cpu`, `cuda`, ...; a model that comes as an object stays where it is.
         dtype: of the weights, such as `bfloat16`; by default as stored, but float32 on a CPU; of an object its own.
@@ -72,6 +74,7 @@ class Engine:
         adapters: Mapping[str, str | Path] | None = None,
         router: Router | str | Path | None = None,
         *,
+        token_routers: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
         device: str = "auto",
         dtype: str | None = None,
@@ -85,6 +88,7 @@ class Engine:
         self._training_before = [module for module in self.model.modules() if module.training]
         try:
             self._set_up(limits, impl, adapters or {})
+            add_token_routers(self.adapters, token_routers or {})
             if router is not None:
                 self.set_router(router)
         except BaseException:
@@ -100,8 +104,7 @@ class Engine:
         self.runner, self.adapters, self.scheduler = assemble(self.model, limits, adapters, impl)
         self.guides = Guides(self.tokenizer, self.num_logits, self._end_tokens)
         self.sampler = Sampler(self.guides)
-        self.router: Router | None = None
-        self.decisions: Counter[str] = Counter()
+        self.routing = Routing()
         self._tickets: dict[Request, Ticket] = {}
         self._unrouted: list[Ticket] = []
         self._ids = itertools.count(1)
@@ -111,7 +114,7 @@ class Engine:
     @property
     def models(self) -> list[str]:
         """Names that a request can ask for."""
-        return [BASE, *self.adapters.infos, *([AUTO] if self.router else [])]
+        return [BASE, *self.adapters.infos, *self.adapters.token_routers, *([AUTO] if self.router else [])]
 
     def open_adapter(self, source: str | Path) -> Source:
         """Open an adapter and check that it fits the model; any thread may, since nothing of the engine changes.
@@ -141,13 +144,24 @@ class Engine:
         """Forget an adapter; requests under way finish with it."""
         self.adapters.remove(name)
 
-    def set_router(self, router: Router | str | Path) -> None:
+    @property
+    def router(self) -> Router | None:
+        """What is asked for the model `auto`."""
+        return self.routing.router
+
+    def set_router(self, router: Router | str | Path, source: str | None = None) -> None:
         """Use a router for the model `auto`.
+
+        Args:
+            router: a saved router, or one in memory.
+            source: folder that one in memory was read from.
 
         Raises:
             SpecError: it chooses among experts that are not served.
+            CheckpointError: broken files, or a router that does not fit its features.
         """
-        self.router = served_router(router, self.adapters.infos, self.model, self.tokenizer, self.source)
+        loaded = served_router(router, self.adapters.infos, self.model, self.tokenizer, self.source)
+        self.routing.use(loaded, source if isinstance(router, Router) else str(router))
 
     def submit(
         self,
@@ -165,7 +179,7 @@ class Engine:
 
         Args:
             prompt: a text, token ids, or chat messages.
-            model: `base`, an adapter's name, a composition such as `a:0.6+b:0.4`, or `auto`.
+            model: `base`, the name of an adapter or a token router, a composition such as `a:0.6+b:0.4`, or `auto`.
             sampling: how tokens are chosen.
             on_delta: called from `step` when something is added.
             on_choice: called from `step` when the router has chosen.
@@ -313,7 +327,7 @@ class Engine:
             return
         tickets, self._unrouted = self._unrouted, []
         try:
-            choices = self.router.choose([t.user_text for t in tickets])
+            choices = self.routing.choose([t.user_text for t in tickets])
         except Exception:
             # What already runs goes on: it needs no router.
             log.exception("the router failed; the requests that wait for it end with an error")
@@ -322,7 +336,6 @@ class Engine:
             return
         for ticket, choice in zip(tickets, choices, strict=True):
             ticket.choice, ticket.model = choice, choice.expert
-            self.decisions[choice.expert] += 1
             self._tell(ticket, ticket.on_choice, choice)
             if ticket.request.finished is not None:
                 continue

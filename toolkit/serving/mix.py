@@ -26,9 +26,11 @@ class Mix:
 
     Attributes:
         parts: key and weight of each.
+        router: identity of the token router that weights them at every linear, token by token; empty where none does.
     """
 
     parts: tuple[tuple[str, float], ...] = ()
+    router: str = ""
 
     @classmethod
     def of(cls, parts: Sequence[tuple[str, float]]) -> Mix:
@@ -38,6 +40,10 @@ class Mix:
             total[key] = total.get(key, 0.0) + weight
         return cls(tuple(sorted((key, weight) for key, weight in total.items() if weight)))
 
+    def routed(self, router: str) -> Mix:
+        """Return the same adapters, weighted by a token router."""
+        return Mix(self.parts, router)
+
     @property
     def keys(self) -> tuple[str, ...]:
         """Content hashes of the adapters."""
@@ -46,6 +52,8 @@ class Mix:
     @property
     def identity(self) -> str:
         """Text that differs for mixes that compute different things."""
+        if self.router:
+            return f"router {self.router}"  # which holds the contents of its adapters
         return "+".join(f"{key}:{weight!r}" for key, weight in self.parts)
 
 

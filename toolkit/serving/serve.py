@@ -62,6 +62,7 @@ def open_engine(spec: ServeSpec) -> Engine:
             spec.model,
             spec.adapters,
             spec.router,
+            token_routers=spec.token_routers,
             limits=spec.limits,
             device=spec.device,
             dtype=spec.dtype,
@@ -80,6 +81,7 @@ def _access(spec: ServeSpec) -> dict[str, Any]:
         "max_waiting": spec.limits.max_waiting,
         "max_body": spec.limits.max_body,
         "requests_per_minute": spec.limits.requests_per_minute,
+        "router_seconds": spec.router_seconds,
     }
 
 
@@ -196,6 +198,7 @@ def adapters_table(engine: Engine) -> Table:
     what: Mapping[str, Any] = engine.adapters.infos
     rows: list[list[Any]] = [["base", str(engine.source), type(engine.model).__name__, None]]
     rows += [[i.name, i.source, i.description, human_bytes(i.nbytes)] for i in what.values()]
+    rows += [[name, "", router.describe(), None] for name, router in engine.adapters.token_routers.routers.items()]
     if engine.router:
         rows.append(["auto", "", f"{engine.router.kind} router over {len(engine.router.experts)} experts", None])
     return Table(("model", "from", "what", "size"), rows, "serving")

@@ -23,9 +23,11 @@ from toolkit.serving.http.metrics import Metrics
 from toolkit.serving.http.middleware import BodyLimit, Gate, RateLimit, Recorder
 from toolkit.serving.http.page import Page
 from toolkit.serving.http.roots import Roots
+from toolkit.serving.http.router import router_routes
 from toolkit.serving.http.state import model_routes, state_routes
 from toolkit.serving.http.token_texts import TokenTexts
 from toolkit.serving.loop import EngineLoop
+from toolkit.serving.router_watch import watch_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Access:
         max_waiting: most answers that wait for their turn.
         max_body: bytes of a body.
         requests_per_minute: of one key; `None` for no bound.
+        router_seconds: between two looks at the folder of the router, which is taken up when it changes; 0 never looks.
     """
 
     api_keys: Sequence[str] = ()
@@ -45,6 +48,7 @@ class Access:
     max_waiting: int = 1024
     max_body: int = 16_000_000
     requests_per_minute: int | None = None
+    router_seconds: float = 2.0
 
 
 def build_app(engine: Engine, access: Access | None = None) -> FastAPI:
@@ -52,11 +56,16 @@ def build_app(engine: Engine, access: Access | None = None) -> FastAPI:
     access = access or Access()
     loop = EngineLoop(engine)
     metrics = Metrics(engine)
+    watch = watch_of(loop, access.router_seconds)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loop.start()
+        if watch:
+            watch.start()
         yield
+        if watch:
+            await asyncio.to_thread(watch.stop)
         await asyncio.to_thread(loop.stop)
 
     app = FastAPI(title="Composition Toolkit", version=version("composition-toolkit"), lifespan=lifespan)
@@ -74,6 +83,7 @@ def build_app(engine: Engine, access: Access | None = None) -> FastAPI:
     app.include_router(embedding_routes(loop, queue))
     app.include_router(adapter_routes(Adapters(loop, Roots(access.adapter_roots))))
     app.include_router(model_routes(engine))
+    app.include_router(router_routes(engine))
     app.include_router(state_routes(loop, queue, metrics))
     describe(app, keyed=bool(access.api_keys))
     return app

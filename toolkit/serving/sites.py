@@ -10,7 +10,7 @@ import copy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from toolkit.serving.changes import Change
 
 if TYPE_CHECKING:
     from toolkit.serving.adapters.target import Target
+    from toolkit.serving.token_routing import RoutedRows
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,18 @@ class Rows:
         routes: slots and weights of low-rank adapters; `None` where there are none.
         slots: those that work.
         segments: rows of adapters that change modules in other ways.
+        routed: rows whose adapters a token router chooses; the routes have none there.
     """
 
     routes: Routes | None = None
     slots: frozenset[int] = frozenset()
     segments: Sequence[Segment] = ()
+    routed: Sequence[RoutedRows] = ()
 
     @property
     def is_plain(self) -> bool:
         """Whether the base alone works."""
-        return self.routes is None and not self.segments
+        return self.routes is None and not self.segments and not self.routed
 
 
 PLAIN = Rows()
@@ -95,7 +98,8 @@ class BatchAdapters:
 def _repeat(row: Rows, count: int) -> Rows:
     routes = row.routes and Routes(row.routes.slots.repeat(count, axis=0), row.routes.weights.repeat(count, axis=0))
     segments = [Segment(0, sys.maxsize, s.adapter, s.weight) for s in row.segments]
-    return Rows(routes or None, row.slots, segments)
+    routed = [replace(r, start=0, stop=sys.maxsize) for r in row.routed]
+    return Rows(routes or None, row.slots, segments, routed)
 
 
 def overlap(one: Segment, other: Segment) -> bool:
@@ -136,7 +140,7 @@ class Site(nn.Module):
         rows = self.batch.of(self._count(x), is_head=self.is_head)
         if rows.is_plain:
             return self.base(x)
-        if rows.routes is not None and self.group is not None and not self.group.slots.isdisjoint(rows.slots):
+        if self.group is not None and not self.group.slots.isdisjoint(rows.slots):
             return self.group.outputs(self.index, x, rows)
         return self.changed(x, rows)
 
@@ -183,14 +187,15 @@ class LinearGroup:
 
     Args:
         sites: of the linears, in the order in which the model calls them.
+        names: of the linears.
         pairs: factors of all adapters.
 
     Attributes:
         slots: of adapters that have factors here.
     """
 
-    def __init__(self, sites: Sequence[Site], pairs: PagedPairs) -> None:
-        self.sites, self.pairs = list(sites), pairs
+    def __init__(self, sites: Sequence[Site], names: Sequence[str], pairs: PagedPairs) -> None:
+        self.sites, self.names, self.pairs = list(sites), list(names), pairs
         self.slots: set[int] = set()
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor | None] = []
@@ -208,10 +213,16 @@ class LinearGroup:
         return cast(torch.Tensor, y)
 
     def _compute(self, x: torch.Tensor, rows: Rows) -> Sequence[torch.Tensor]:
-        assert rows.routes is not None
         ys = [site.changed(x, rows) for site in self.sites]
         flat = [y.view(-1, y.shape[-1]) for y in ys]
         inputs = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
         biases = [cast("torch.Tensor | None", getattr(site.base, "bias", None)) for site in self.sites]
-        paged_lora(flat, inputs, rows.routes, self.pairs, biases, impl=self.sites[0].batch.impl)
+        impl = self.sites[0].batch.impl
+        if rows.routes is not None:
+            paged_lora(flat, inputs, rows.routes, self.pairs, biases, impl=impl)
+        for routed in rows.routed:
+            if not self.slots.isdisjoint(routed.slots):
+                own, x_TK = slice(routed.start, routed.stop), inputs[routed.start : routed.stop]
+                routes = routed.routes(self.names, x_TK)
+                paged_lora([y[own] for y in flat], x_TK, routes, self.pairs, biases, impl=impl)
         return ys

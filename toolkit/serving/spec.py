@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from toolkit.routing.token.spec import ServedTokenRouter
 from toolkit.specs import Folder, Size, Spec
 
 
@@ -75,6 +76,9 @@ class ServeSpec(Spec):
         model: the base: a folder, a hub id, or `toolkit:base`.
         adapters: folders of adapters, full fine-tunes or compressed deltas by the name under which they are served.
         router: folder of a fitted router, for the model `auto`.
+        router_seconds: between two looks at that folder; a new router in it is taken up while requests go on. 0 never
+            looks.
+        token_routers: routers that mix adapters token by token, by the names of the models that they are.
         limits: sizes of the batch and of the cache.
         host: to listen on.
         port: to listen on; 0 takes a free one.
@@ -89,6 +93,8 @@ class ServeSpec(Spec):
     model: Any
     adapters: dict[str, Folder] = Field(default_factory=dict)
     router: Folder | None = None
+    router_seconds: Annotated[float, Field(ge=0)] = 2.0
+    token_routers: dict[str, ServedTokenRouter] = Field(default_factory=dict)
     limits: Limits = Limits()
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000

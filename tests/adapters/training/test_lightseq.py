@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
-from tests.adapters.training.memory import held_bytes
+from benchmarks.allocated import held_bytes
 from toolkit.adapters.train import train
 from toolkit.adapters.training.lightseq import attention_kept
 from toolkit.data.rows import write_rows

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests import tiny
-from tests.adapters.training.memory import peak_bytes
+from benchmarks.allocated import peak_bytes
 from toolkit.adapters.loop import token_losses as plain_losses
 from toolkit.adapters.train import train
 from toolkit.adapters.training.streambp import METHODS, streamed, token_losses

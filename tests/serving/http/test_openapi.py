@@ -136,6 +136,7 @@ def test_everything_else(http, served, monkeypatch, loras):
         "/v1/models/plain",
         "/v1/adapters",
         "/v1/adapters/plain",
+        "/v1/router",
         "/health",
         "/ready",
         "/metrics",

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from toolkit.routing.policy import PolicySpec
 from toolkit.routing.router import Choice, Router
 from toolkit.serving.engine import Engine
 from toolkit.serving.http.adapters import AdapterBody
@@ -35,6 +36,11 @@ class ByWord(Router):
 
     def __init__(self) -> None:
         self.kind, self.experts = "by word", ("wide", "plain")
+        self.policy, self.histograms = PolicySpec(), {}
+
+    @property
+    def version(self):
+        return "by hand"
 
     def choose(self, prompts):
         scores = [{"wide": float("wide" in prompt), "plain": 0.25} for prompt in prompts]

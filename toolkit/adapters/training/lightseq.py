@@ -13,24 +13,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from toolkit.adapters.training._base import TrainingMethod
-from toolkit.adapters.training._layers import decoder_layers, run_by
+from toolkit.adapters.training._layers import ATTENTION_KERNELS, decoder_layers, run_by
 from toolkit.errors import Problem, UnsupportedError
 
 if TYPE_CHECKING:
     from toolkit.adapters.loop import AdapterTrainer
-
-_KERNELS = (
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-)
-"""torch's fused kernels, whose backward pass starts from their output."""
-
 
 class Lightseq(TrainingMethod):
     """Checkpoints at the output of attention."""
@@ -66,5 +56,4 @@ def attention_kept(model: Any) -> Iterator[None]:
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kernels = [getattr(torch.ops.aten, name).default for name in _KERNELS]
-    return CheckpointPolicy.MUST_SAVE if operator in kernels else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator in ATTENTION_KERNELS else CheckpointPolicy.PREFER_RECOMPUTE

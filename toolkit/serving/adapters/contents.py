@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -66,6 +67,7 @@ class Source(ABC):
 
     Attributes:
         key: hash of its content.
+        folder: where it is.
         description: kind, rank, modules.
         base: model that it says it was trained on.
         nbytes: of the contents, as far as that is known before they are read.
@@ -76,6 +78,7 @@ class Source(ABC):
     """
 
     key: str
+    folder: Path
     description: str
     base: str | None = None
     nbytes: int

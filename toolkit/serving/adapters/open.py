@@ -12,6 +12,7 @@ from toolkit.errors import CheckpointError, MissingError
 from toolkit.serving.adapters.contents import Source
 from toolkit.serving.adapters.lora import open_lora
 from toolkit.serving.adapters.peft_kinds import Ia3Source, MergeableSource, PrefixSource
+from toolkit.serving.adapters.poly import PolySource
 from toolkit.serving.adapters.target import Target
 from toolkit.serving.adapters.tuned import CheckpointSource, CompressedSource, SharedTensors
 
@@ -22,7 +23,7 @@ def open_source(source: str | Path, target: Target, shared: SharedTensors) -> So
     """Open an adapter, a fine-tune or a compressed delta and check that it fits the model.
 
     Args:
-        source: a folder or hub id; `FOLDER#TASK` names one fine-tune of several.
+        source: a folder or hub id; `FOLDER#TASK` names one fine-tune, or task, of several.
         target: the served model.
         shared: tensors of fine-tunes.
 
@@ -31,7 +32,8 @@ def open_source(source: str | Path, target: Target, shared: SharedTensors) -> So
         CheckpointError: broken, or made for another base.
         UnsupportedError: a kind that cannot be served.
     """
-    folder = locate(split_task(str(source))[0])
+    place, task = split_task(str(source))
+    folder = locate(place)
     if is_compressed(folder):
         compressed = open_compressed(source)
         with compressed.store:
@@ -47,4 +49,6 @@ def open_source(source: str | Path, target: Target, shared: SharedTensors) -> So
     kind = config.get("peft_type")
     if not isinstance(kind, str):
         raise CheckpointError(f"{source}: {CONFIG}: peft_type: expected a name, got {kind!r}")
+    if kind == "POLY":
+        return PolySource(folder, task, target)
     return _KINDS.get(kind, MergeableSource)(folder, target, config)

@@ -28,6 +28,7 @@ from toolkit.serving.memory import Memory
 from toolkit.serving.mix import AUTO, BASE, Mix, Named
 from toolkit.serving.pages import Block, PagePool
 from toolkit.serving.sites import PLAIN, BatchAdapters, LinearGroup, Rows, Site, place_site
+from toolkit.serving.token_routing import RoutedRows, TokenRouters
 
 RESERVED = (BASE, AUTO)
 _FORBIDDEN = "+:/\\"
@@ -114,6 +115,7 @@ class AdapterPool:
 
     Attributes:
         infos: by name.
+        token_routers: over them.
         loader: reads contents.
         num_hits: times that a request found its adapter on the device.
         num_placed: times that contents were copied there.
@@ -131,6 +133,7 @@ class AdapterPool:
     ) -> None:
         self.target, self.memory, self.pool, self.batch = target, memory, pages, batch
         self.infos: dict[str, AdapterInfo] = {}
+        self.token_routers = TokenRouters(self.source_of, target.model.device)
         self.loader, self.host, self.shared = Loader(), HostTier(host_bytes), shared
         self.num_hits = self.num_placed = self.num_evicted = 0
         self._entries: dict[str, _Entry] = {}
@@ -166,6 +169,8 @@ class AdapterPool:
             UnsupportedError: a kind that cannot be served, or more than the device holds.
         """
         check_name(name)
+        if name in self.token_routers:
+            raise RequestError(f"adapter name {name!r}: a token router is served under it")
         found = opened or open_source(source, self.target, self.shared)
         if found.key not in self._entries:
             self._entries[found.key] = _Entry({}, self._count_pages(found, str(source)))
@@ -182,13 +187,26 @@ class AdapterPool:
         """Forget a name; the contents go when no request uses them.
 
         Raises:
-            RequestError: no such adapter.
+            RequestError: no such adapter, or one that a token router mixes.
         """
         if name not in self.infos:
             raise RequestError(f"no adapter {name!r}", "model_not_found")
+        if users := self.token_routers.users_of(name):
+            raise RequestError(f"token router {users[0]!r} mixes {name!r}, so it stays")
         key = self.infos[name].key
         self.infos = {other: info for other, info in self.infos.items() if other != name}
         self._disown(name, key)
+
+    def source_of(self, name: str) -> Source:
+        """Return the content that a name means now.
+
+        Raises:
+            RequestError: no such adapter.
+        """
+        if name not in self.infos:
+            served = ", ".join([BASE, *self.infos])
+            raise RequestError(f"no model {name!r} (served: {served})", "model_not_found")
+        return self._entries[self.infos[name].key].source
 
     def mix(self, named: Named) -> Mix:
         """Return what a composition of names means now.
@@ -196,10 +214,13 @@ class AdapterPool:
         Raises:
             RequestError: an unknown name, or an adapter that cannot be weighted or combined.
         """
-        unknown = [name for name, _ in named if name not in self.infos]
-        if unknown:
-            served = ", ".join([BASE, *self.infos])
-            raise RequestError(f"no model {unknown[0]!r} (served: {served})", "model_not_found")
+        routed = [name for name, _ in named if name in self.token_routers]
+        if routed and len(named) == 1 and named[0][1] == 1:
+            return self.token_routers.mix(routed[0])
+        if routed:
+            raise RequestError(f"token router {routed[0]!r} can neither be weighted nor combined with others")
+        for name, _ in named:
+            self.source_of(name)  # is there
         mix = Mix.of([(self.infos[name].key, weight) for name, weight in named])
         for name, _ in named:
             if mix.parts and self._entries[self.infos[name].key].source.is_exclusive and not _is_alone(mix):
@@ -212,6 +233,7 @@ class AdapterPool:
         """Keep the contents known until a request that is answered with them is done."""
         for key in mix.keys:
             self._entries[key].users += 1
+        self.token_routers.acquire(mix)
 
     def abandon(self, mix: Mix) -> None:
         """Note that a request is done."""
@@ -220,6 +242,7 @@ class AdapterPool:
             if not self._entries[key].users:
                 self.loader.forget(key)
             self._drop_unused(key)
+        self.token_routers.abandon(mix)
 
     def num_virtual(self, mix: Mix) -> int:
         """Return the tokens that come before the prompt."""
@@ -286,11 +309,17 @@ class AdapterPool:
         """
         if not any(mix.parts for mix, _ in runs):
             return PLAIN
-        width = max(len(mix.parts) for mix, _ in runs)
+        width = max(0 if mix.router else len(mix.parts) for mix, _ in runs)
+        routed: list[RoutedRows] = []
         slots: list[list[int]] = []
         weights: list[list[float]] = []
         segments: list[Segment] = []
         for mix, count in runs:
+            if mix.router:
+                self._route(mix, len(slots), count, routed)
+                slots += [[-1] * width] * count
+                weights += [[0.0] * width] * count
+                continue
             entries = [(self._entries[key], weight) for key, weight in mix.parts]
             low = [(entry.slot, weight) for entry, weight in entries if entry.groups]
             segments += [
@@ -302,7 +331,17 @@ class AdapterPool:
             slots += [[slot for slot, _ in low] + [-1] * empty] * count
             weights += [[weight for _, weight in low] + [0.0] * empty] * count
         used = frozenset(slot for row in slots for slot in row if slot >= 0)
-        return Rows(Routes.of(slots, weights) if used else None, used, segments)
+        mixed = {slot for rows in routed for slot in rows.slots}
+        return Rows(Routes.of(slots, weights) if used else None, used | mixed, segments, routed)
+
+    def _route(self, mix: Mix, start: int, count: int, routed: list[RoutedRows]) -> None:
+        """Add rows of a token router, to those before them where it is the same."""
+        router = self.token_routers.of(mix)
+        if routed and routed[-1].stop == start and routed[-1].router is router:
+            routed[-1].stop += count
+        else:
+            slots = tuple(self._entries[key].slot for key in router.keys)
+            routed.append(RoutedRows(start, start + count, router, slots))
 
     def prefix(self, mix: Mix) -> Prefix | None:
         """Return the keys and values before the prompt of a mix on the device."""
@@ -345,7 +384,7 @@ class AdapterPool:
             widths = [self.target.widths(name, source) for name in names]
             sites = [self._site(name) for name in names]
             pairs = PagedPairs(self.memory.units, widths[0][0], [outputs for _, outputs in widths], self._num_slots)
-            self._groups[names[0]] = LinearGroup(sites, pairs)
+            self._groups[names[0]] = LinearGroup(sites, names, pairs)
         return self._groups[names[0]]
 
     def _site(self, name: str) -> Site:

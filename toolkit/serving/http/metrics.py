@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Iterator
+from itertools import islice
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -10,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from toolkit.serving.engine import Engine
 from toolkit.serving.http.records import Record
+from toolkit.serving.routing import Routing
 
 MOST_MODELS = 200
 """Models with series of their own; the rest share the label `other`."""
@@ -103,3 +106,29 @@ class _EngineState(Collector):
             ("prefix_tokens_found", "Tokens of them that were computed already.", prefixes.num_hits if prefixes else 0),
         ):
             yield CounterMetricFamily(f"toolkit_{name}", text, value)
+        yield from _router_state(engine.routing)
+
+
+def _router_state(routing: Routing) -> Iterator[Metric]:
+    routed = CounterMetricFamily("toolkit_routed", "Decisions of the router, and why.", labels=("expert", "reason"))
+    # In the order in which experts were first chosen, so a series never changes its label.
+    decisions = routing.decisions.copy()
+    named = set(islice(dict.fromkeys(expert for expert, _ in decisions), MOST_MODELS))
+    counts: Counts[tuple[str, str]] = Counts()
+    for (expert, reason), count in decisions.items():
+        counts[expert if expert in named else "other", reason] += count
+    for labels, count in counts.items():
+        routed.add_metric(labels, count)
+    yield routed
+    yield CounterMetricFamily("toolkit_router_reloads", "Routers that took another's place.", routing.num_reloads)
+    yield CounterMetricFamily("toolkit_router_refusals", "Routers that were not fit to.", routing.num_refused)
+    drift = GaugeMetricFamily(
+        "toolkit_router_drift", "Population stability index of scores against the fit's.", labels=("measure",)
+    )
+    for measure, value in routing.meter.index().items():
+        drift.add_metric((measure,), value)
+    yield drift
+    version = GaugeMetricFamily("toolkit_router_version", "1 for the router in use.", labels=("version",))
+    if routing.router is not None:
+        version.add_metric((routing.version,), 1)
+    yield version

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import SkipJsonSchema
 
+from toolkit.routing.policy import Reason
+
 
 class ResponseBody(BaseModel):
     """A JSON object with these keys and no others; one whose default is `None` may be absent, and is null only where
@@ -44,10 +46,15 @@ class Usage(ResponseBody):
 
 
 class Routing(ResponseBody):
-    """What the router chose, and the scores of all that it chooses among."""
+    """What the router chose and why, how far the best is ahead of the second (null where there is one alone), the
+    scores of all that it chooses among, and the version of the router; a stream has it in the first event of an answer.
+    """
 
     expert: str
+    reason: Reason
+    margin: float | None
     scores: dict[str, float]
+    version: str
 
 
 class CompletionLogprobs(ResponseBody):
@@ -241,6 +248,22 @@ class ModelList(ResponseBody):
 
     object: Literal["list"]
     data: list[ModelEntry]
+
+
+class RouterEntry(ResponseBody):
+    """The router in use: since when, what was decided since the server started, drift by measure (the population
+    stability index of the last decisions against the fit; empty while unknown), and why a newer one is refused."""
+
+    object: Literal["router"]
+    kind: str
+    experts: list[str]
+    fallback: str
+    version: str
+    since: int
+    decisions: dict[str, int]
+    reasons: dict[str, int]
+    drift: dict[str, float]
+    refused: str | None
 
 
 class AdapterEntry(ResponseBody):

@@ -35,18 +35,18 @@ class Writer:
 
     def whole(self, choices: Sequence[dict[str, Any]], prompt_tokens: int, tokens: int) -> dict[str, Any]:
         """Return the body of an answer that is not streamed; `choices` are made by `choice`."""
-        return self._head("") | {"choices": list(choices), "usage": usage(prompt_tokens, tokens)}
+        return self._head("", routed=True) | {"choices": list(choices), "usage": usage(prompt_tokens, tokens)}
 
     def choice(
         self, index: int, text: str, reason: FinishReason, calls: Sequence[Call] = (), logprobs: Any = None
     ) -> dict[str, Any]:
         """Return one answer of several."""
         if not self.chat:
-            return self._choice(index, {"text": text}, reason, logprobs)
+            return self._choice(index, {"text": text}, reason, logprobs, routed=True)
         message: dict[str, Any] = {"role": "assistant", "content": text}
         if calls:
             message |= {"content": text or None, "tool_calls": [call.entry() for call in calls]}
-        return self._choice(index, {"message": message}, self._reason(reason, bool(calls)), logprobs)
+        return self._choice(index, {"message": message}, self._reason(reason, bool(calls)), logprobs, routed=True)
 
     def chunk(
         self,
@@ -78,7 +78,9 @@ class Writer:
             content, reason_shown = {"delta": delta}, self._reason(reason, called)
         else:
             reason_shown = reason
-        return self._head(".chunk") | {"choices": [self._choice(index, content, reason_shown, logprobs)]}
+        # The scores of many experts are long, so a stream has them once for each answer.
+        choice = self._choice(index, content, reason_shown, logprobs, routed=first)
+        return self._head(".chunk", routed=first) | {"choices": [choice]}
 
     def usage_chunk(self, prompt_tokens: int, tokens: int) -> dict[str, Any]:
         """Return the last event of a stream that counts tokens."""
@@ -88,22 +90,30 @@ class Writer:
     def _reason(reason: FinishReason | None, called: bool) -> str | None:
         return "tool_calls" if called and reason == "stop" else reason
 
-    def _choice(self, index: int, content: dict[str, Any], reason: str | None, logprobs: Any) -> dict[str, Any]:
+    def _choice(
+        self, index: int, content: dict[str, Any], reason: str | None, logprobs: Any, *, routed: bool
+    ) -> dict[str, Any]:
         choice = {"index": index, **content, "finish_reason": reason, "logprobs": logprobs}
-        if self.num_prompts > 1 and index in self._choices:
+        if routed and self.num_prompts > 1 and index in self._choices:
             choice["routing"] = _routing(self._choices[index])
         return choice
 
-    def _head(self, suffix: str) -> dict[str, Any]:
+    def _head(self, suffix: str, *, routed: bool = False) -> dict[str, Any]:
         kind = f"chat.completion{suffix}" if self.chat else "text_completion"
         head: dict[str, Any] = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        if self.num_prompts == 1 and self._choices:
+        if routed and self.num_prompts == 1 and self._choices:
             head["routing"] = _routing(next(iter(self._choices.values())))
         return head
 
 
 def _routing(choice: Choice) -> dict[str, Any]:
-    return {"expert": choice.expert, "scores": choice.scores}
+    return {
+        "expert": choice.expert,
+        "reason": choice.reason,
+        "margin": choice.margin,
+        "scores": choice.scores,
+        "version": choice.version,
+    }
 
 
 def usage(prompt_tokens: int, tokens: int) -> dict[str, int]:

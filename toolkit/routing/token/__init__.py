@@ -1,0 +1,1 @@
+"""Routers inside the model: at every linear, each token's own mixture of LoRA experts."""

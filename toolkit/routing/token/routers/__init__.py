@@ -1,0 +1,1 @@
+"""One file per kind of token router; see `token.router`."""
