@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests import tiny
 from benchmarks.allocated import held_bytes
+from tests import tiny
 from toolkit.adapters.train import train
 from toolkit.adapters.training.lightseq import attention_kept
 from toolkit.data.rows import write_rows

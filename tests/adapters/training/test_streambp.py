@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from tests import tiny
 from benchmarks.allocated import peak_bytes
+from tests import tiny
 from toolkit.adapters.loop import token_losses as plain_losses
 from toolkit.adapters.train import train
 from toolkit.adapters.training.streambp import METHODS, streamed, token_losses

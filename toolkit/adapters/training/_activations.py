@@ -44,7 +44,7 @@ class Host:
         self.worker = ThreadPoolExecutor(1, "activations")
         self.held = self.most = self.moved = self.count = 0
         self.seconds = 0.0
-        self.last: weakref.ref[LayerPass] | None = None
+        self.last: weakref.ref[Any] | None = None
 
     def put(self, value: Tensor) -> Held:
         """Move a tensor, in the background."""
@@ -128,14 +128,14 @@ class Part(NamedTuple):
 
     Attributes:
         held: `[N, kept, M]`; `None` where no token is.
-        index: its number among the tensors that the layer saves.
+        number: of it among the tensors that the layer saves.
         shape: of the whole tensor.
         dim: along which its tokens lie.
         rows: so many rows of tokens lie there, one after another.
     """
 
     held: Held | None
-    index: int
+    number: int
     shape: torch.Size
     dim: int
     rows: int
@@ -150,8 +150,8 @@ class LayerPass:
 
     What it saves for its backward pass is of three kinds. Of the input and of what attention puts out all tokens go to
     the host. Of all else that has tokens the first `kept` do; the others are computed again from the input, without
-    attention, so that every token needs only itself. What has no tokens, such as weights, and what layers share, such as
-    masks, stays where it is.
+    attention, so that every token needs only itself. What has no tokens, such as weights, and what layers share, such
+    as masks, stays where it is.
 
     Args:
         call: the layer's own forward, from `[B, T, H]` to the same, with a layer's keyword arguments.
@@ -201,8 +201,9 @@ class LayerPass:
         """Return the shapes of what is saved in a pass of two tokens."""
         found: list[torch.Size] = []
         piece = hidden[:, :_PROBE].detach().requires_grad_(self.trains)
-        with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []), saved_tensors_hooks(
-            lambda value: found.append(value.shape), _nothing
+        with (
+            torch.random.fork_rng([hidden.device] if hidden.is_cuda else []),
+            saved_tensors_hooks(lambda value: found.append(value.shape), _nothing),
         ):
             self.call(piece, **_cut(self.kwargs, 0, _PROBE))
         return found
@@ -272,7 +273,7 @@ class LayerPass:
         if packed.held is not None:
             pieces.append(packed.held.get().view(*shape[:dim], rows, self.kept, *shape[dim + 1 :]))
         if self.kept < self.tokens:
-            pieces.append(self._computed(packed.index).unflatten(dim, (rows, self.tokens - self.kept)))
+            pieces.append(self._computed(packed.number).unflatten(dim, (rows, self.tokens - self.kept)))
         return (torch.cat(pieces, dim + 1) if len(pieces) > 1 else pieces[0]).reshape(shape)
 
     def _read_ahead(self) -> None:

@@ -22,6 +22,7 @@ from toolkit.errors import Problem, UnsupportedError
 if TYPE_CHECKING:
     from toolkit.adapters.loop import AdapterTrainer
 
+
 class Lightseq(TrainingMethod):
     """Checkpoints at the output of attention."""
 

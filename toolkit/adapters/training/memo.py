@@ -3,8 +3,8 @@
 Of every decoder layer its input and the output of attention, which is dear to compute again, go to host memory or to a
 disk while the next layers compute, and come back for the backward pass. Of all its other activations the same share of
 tokens goes with them; the rest is computed again from the input, token by token, without attention. The share is the
-largest for which moving a layer's activations takes no longer than computing the layer, and all of them together no more
-than the host has: the answer to a linear programme with one unknown.
+largest for which moving a layer's activations takes no longer than computing the layer, and all of them together no
+more than the host has: the answer to a linear programme with one unknown.
 
 The paper's planner of memory addresses is not here: torch's allocator and the host's own are used as they are.
 """
