@@ -201,6 +201,9 @@ def test_router_with_one_more_expert(data):
     moved = moved_decisions(router, more, ["Find a rhyme for kling, please"]).numbers
     assert moved["moved"] == 1
     assert moved["changes"][0]["to"] == "rhymes"
+    judged = evaluate_router({"router": more, "before": router, "data": experts}, quiet=True)
+    assert judged.numbers["moved"] == {"prompts": 240, "moved": 0, "changes": []}
+    assert judged.tables[-1].title == "0 of 240 decisions moved"
     with pytest.raises(UnsupportedError, match="has an expert 'sums' already"):
         router.add("sums", ["x"])
     with pytest.raises(UnsupportedError, match="a linear router is fitted anew for a new expert"):

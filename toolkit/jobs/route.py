@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,12 @@ def evaluate_router(
 
         check_matplotlib()
     router = load_router(loaded.router, trust_remote_code=loaded.trust_remote_code)
-    result = _by_outcomes(loaded, router) if loaded.outcomes else _by_labels(loaded, router, quiet)
+    prompts, result = _by_outcomes(loaded, router) if loaded.outcomes else _by_labels(loaded, router, quiet)
+    if loaded.before is not None:
+        before = load_router(loaded.before, trust_remote_code=loaded.trust_remote_code)
+        moved = moved_decisions(before, router, prompts)
+        numbers, tables = {**result.numbers, "moved": moved.numbers}, [*result.tables, *moved.tables]
+        result = replace(result, numbers=numbers, tables=tables)
     if folder:
         with staged(Path(folder), overwrite=overwrite) as partial:
             write_text(partial / "results.json", json.dumps(result.to_dict(), indent=2) + "\n")
@@ -71,14 +76,15 @@ def evaluate_router(
     return result
 
 
-def _by_outcomes(spec: RouteEvaluateSpec, router: Router) -> RouteResult:
+def _by_outcomes(spec: RouteEvaluateSpec, router: Router) -> tuple[Sequence[str], RouteResult]:
     assert spec.outcomes is not None
     examples = complete(_ordered(read_outcomes(spec.outcomes), router, spec))
     choices = router.choose(examples.prompts)
     experts = list(router.experts)
     chosen = np.array([experts.index(choice.expert) if choice.expert in experts else -1 for choice in choices])
     predicts = router.module.SCORES == "quality"
-    return judge_outcomes(examples, _scores(choices), chosen, router.domains, predicts=predicts)
+    result = judge_outcomes(examples, _scores(choices), chosen, router.domains, predicts=predicts)
+    return examples.prompts, result
 
 
 def _ordered(examples: Examples, router: Router, spec: RouteEvaluateSpec) -> Examples:
@@ -96,7 +102,7 @@ def _scores(choices: Sequence[Choice]) -> NDArray[np.float32]:
     return np.array([list(choice.scores.values()) for choice in choices], np.float32)
 
 
-def _by_labels(loaded: RouteEvaluateSpec, router: Router, quiet: bool) -> RouteResult:
+def _by_labels(loaded: RouteEvaluateSpec, router: Router, quiet: bool) -> tuple[Sequence[str], RouteResult]:
     assert loaded.data is not None
     unknown = [name for name in loaded.data if name not in router.experts]
     if unknown:
@@ -110,13 +116,14 @@ def _by_labels(loaded: RouteEvaluateSpec, router: Router, quiet: bool) -> RouteR
         choices = router.choose(prompts)
         experts += [name for name in dict.fromkeys(choice.expert for choice in choices) if name not in experts]
         chosen = np.array([experts.index(choice.expert) for choice in choices])
-        return judge(experts, labels, chosen, scores=_scores(choices), temperature=router.policy.temperature)
+        result = judge(experts, labels, chosen, scores=_scores(choices), temperature=router.policy.temperature)
+        return prompts, result
     experts = [*experts, *([BASE] if BASE not in experts else [])]
     options = {"device": loaded.device, "trust_remote_code": loaded.trust_remote_code}
     with Engine(loaded.base, loaded.adapters, router, **options) as engine:
         chosen = _chosen(engine, prompts, experts)
         quality = _quality(loaded, engine, [row for name in rows for row in rows[name]], experts, quiet)
-    return judge(experts, labels, chosen, quality)
+    return prompts, judge(experts, labels, chosen, quality)
 
 
 def _chosen(engine: Engine, prompts: Sequence[str], experts: Sequence[str]) -> np.ndarray:

@@ -112,6 +112,7 @@ class RouteEvaluateSpec(Spec):
         router: a router, or its folder.
         data: expert -> JSONL files of prompts that were made for it.
         outcomes: measured answers, instead of `data`.
+        before: the router that this one replaces, or its folder; the decisions that moved are counted.
         base: model that the experts belong to; without it only the choices are judged, not their answers.
         adapters: PEFT LoRA folder of each expert.
         max_tokens: most tokens of an answer.
@@ -125,6 +126,7 @@ class RouteEvaluateSpec(Spec):
     router: FolderOrObject
     data: Annotated[dict[str, Files], Field(min_length=1)] | None = None
     outcomes: OutcomesSpec | None = None
+    before: FolderOrObject | None = None
     base: FolderOrObject | None = None
     adapters: dict[str, Folder] = Field(default_factory=dict)
     max_tokens: Annotated[int, Field(ge=1)] = 64
