@@ -36,7 +36,7 @@ def lora_pairs(slots: int, k: int, widths: tuple[int, ...], *, dora: bool, dtype
         pairs._lists[slot] = pairs._lists[0]
         pairs._sides[:, :, slot] = pairs._sides[:, :, 0]
         pairs._extras[:, :, slot] = pairs._extras[:, :, 0]
-    pairs._uploaded = None
+    pairs._is_uploaded = False
     return pairs
 
 

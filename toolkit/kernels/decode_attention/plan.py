@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from toolkit.kernels.decode_attention.api import SharedPrefix
+from toolkit.kernels.fixed import FixedLists
 from toolkit.kernels.scoring import Scoring
 
 
@@ -92,6 +93,25 @@ def divide(spans: Sequence[Span], heads: int, group: int, block: int, programs: 
     places = first_row + np.cumsum(rows) - rows
     pieces = np.stack([begins[span], sizes[span], members[begins[span]], head, tokens, last, places], axis=1)
     return Pieces(members, np.searchsorted(starts, cuts), pieces, int(rows.sum()))
+
+
+class FixedLengths(list[int]):
+    """Lengths of a fixed number of sequences, which change in place with the work lists that were made of them.
+
+    A captured graph of `decode_attention` reads these lists, so it serves whatever lengths they are set to.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        super().__init__(lengths)
+        self.lists: dict[object, FixedLists] = {}
+
+    def change(self, lengths: Sequence[int]) -> None:
+        """Set other lengths, as many as before."""
+        if len(lengths) != len(self):
+            raise ValueError(f"{len(lengths)} lengths in place of {len(self)}")
+        self[:] = lengths
+        for lists in self.lists.values():
+            lists.refresh()
 
 
 def merge_lists(parts: Sequence[Pieces], sequences: int, heads: int, group: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,12 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from toolkit.kernels.decode_attention import triton as kernels
 from toolkit.kernels.decode_attention.api import SharedPrefix
 from toolkit.kernels.decode_attention.caches import Cache, PlainCache
-from toolkit.kernels.decode_attention.plan import Pieces, Span, divide, list_spans, merge_lists
+from toolkit.kernels.decode_attention.plan import FixedLengths, Pieces, Span, divide, list_spans, merge_lists
+from toolkit.kernels.fixed import FixedLists, Room
 from toolkit.kernels.launch import GENERATIONS, Configuration, Table, generation_of, launch
 from toolkit.kernels.merge_states.triton_form import merge_rows
 from toolkit.kernels.scoring import Scoring
@@ -35,9 +37,13 @@ def decode_attention(
     """See the api."""
     out_SHD = torch.empty(q_SHD.shape, dtype=q_SHD.dtype, device=q_SHD.device)
     lse_SH = torch.empty(q_SHD.shape[:2], dtype=torch.float32, device=q_SHD.device)
-    work = _plan(
-        tuple(lengths), tuple(prefixes), scoring.window, scoring.num_global, _Heads.of(q_SHD, cache), q_SHD.device
-    )
+    seen, heads = Scoring(1.0, scoring.window, scoring.num_global), _Heads.of(q_SHD, cache)
+    if isinstance(lengths, FixedLengths):
+        if prefixes:
+            raise ValueError("lengths that change in place have no shared prefixes")
+        work = _fixed_plan(lengths, seen, heads, q_SHD.device)
+    else:
+        work = _plan(tuple(lengths), tuple(prefixes), seen, heads, q_SHD.device)
     parts = torch.empty(work.rows, q_SHD.shape[2], dtype=torch.float32, device=q_SHD.device)
     sums = torch.empty(work.rows, dtype=torch.float32, device=q_SHD.device)
     arguments = _arguments(q_SHD, cache, tables, scoring) | {"out_ptr": parts, "lse_ptr": sums}
@@ -102,31 +108,56 @@ class _Work:
 
 @lru_cache(maxsize=16)
 def _plan(
-    lengths: tuple[int, ...],
-    prefixes: tuple[SharedPrefix, ...],
-    window: int | None,
-    num_global: int,
-    heads: _Heads,
-    device: torch.device,
+    lengths: tuple[int, ...], prefixes: tuple[SharedPrefix, ...], seen: Scoring, heads: _Heads, device: torch.device
 ) -> _Work:
     """Divide the work; all layers of a step that see the same tokens share the lists."""
-    shared, own = list_spans(lengths, prefixes, Scoring(1.0, window, num_global))
     generation = generation_of(device)
     parts: list[Pieces] = []
     launches: list[_Launch] = []
-    for spans in (shared, own):
+    for spans in list_spans(lengths, prefixes, seen):
         if spans:
             configuration = heads.configuration(generation, max(len(span.members) for span in spans))
-            blocks = configuration.constants
-            programs = PROGRAMS_PER_MULTIPROCESSOR * GENERATIONS[generation].multiprocessors
-            spans = _cut(spans, blocks["BLOCK_M"] // heads.group)
-            rows = sum(part.rows for part in parts)
-            found = divide(spans, heads.heads, heads.group, blocks["BLOCK_N"], programs, rows)
+            found = _divided(spans, heads, configuration, generation, sum(part.rows for part in parts))
             parts.append(found)
             members, cuts, pieces = (_on(device, array) for array in (found.members, found.bounds, found.pieces))
             launches.append(_Launch(members, cuts, pieces, configuration))
     bounds, entries = merge_lists(parts, len(lengths), heads.heads, heads.group)
     return _Work(launches, _on(device, bounds), _on(device, entries), sum(part.rows for part in parts))
+
+
+def _divided(
+    spans: Sequence[Span], heads: _Heads, configuration: Configuration, generation: int, first_row: int = 0
+) -> Pieces:
+    blocks = configuration.constants
+    spans = _cut(spans, blocks["BLOCK_M"] // heads.group)
+    return divide(spans, heads.heads, heads.group, blocks["BLOCK_N"], _programs(generation), first_row)
+
+
+def _programs(generation: int) -> int:
+    return PROGRAMS_PER_MULTIPROCESSOR * GENERATIONS[generation].multiprocessors
+
+
+def _fixed_plan(lengths: FixedLengths, seen: Scoring, heads: _Heads, device: torch.device) -> _Work:
+    """Return lists that follow the lengths: programs without a piece are the same number of programs."""
+    generation = generation_of(device)
+    configuration = heads.configuration(generation, 1)
+    programs = _programs(generation)
+    spans = len(lengths) * (2 if seen.window is not None and seen.num_global else 1)
+    most = programs + spans * heads.heads  # a span of a head is cut where programs change
+
+    def make() -> dict[str, np.ndarray]:
+        found = _divided(list_spans(lengths, (), seen)[1], heads, configuration, generation)
+        bounds, entries = merge_lists([found], len(lengths), heads.heads, heads.group)
+        own = {"members": found.members, "cuts": found.bounds, "pieces": found.pieces}
+        return {**own, "bounds": bounds, "entries": entries}
+
+    if (seen, heads) not in lengths.lists:
+        rooms = {"members": Room(spans), "cuts": Room(programs + 1), "pieces": Room(most, 7)}
+        rooms |= {"bounds": Room(len(lengths) * heads.heads + 1), "entries": Room(most)}
+        lengths.lists[seen, heads] = FixedLists(rooms, make, device)
+    lists = lengths.lists[seen, heads].tensors
+    own = _Launch(lists["members"], lists["cuts"], lists["pieces"], configuration)
+    return _Work([own], lists["bounds"], lists["entries"], most * heads.group)
 
 
 def _cut(spans: Sequence[Span], most: int) -> list[Span]:

@@ -48,6 +48,7 @@ class PagedPairs:
     Attributes:
         versions: of each slot that is taken, a number that no other adapter had or will have.
         edition: grows whenever an adapter comes or goes.
+        tables_edition: grows whenever the tables on the device are other tensors, rather than the same with other contents.
         checked: what an operation found right when it last looked at its tensors.
         plain: slots whose adapter only adds a product.
         doras: slots whose adapter rescales an output.
@@ -77,7 +78,9 @@ class PagedPairs:
         self.doras: set[int] = set()
         self._ranks: dict[int, tuple[int, ...]] = {}
         self._placed = itertools.count()
-        self._uploaded: tuple[torch.Tensor, ...] | None = None
+        self._tables: tuple[torch.Tensor, ...] = ()
+        self._is_uploaded = False
+        self.tables_edition = 0
 
     @property
     def sides(self) -> torch.Tensor:
@@ -171,7 +174,7 @@ class PagedPairs:
             self.doras.add(slot)
         self.edition += 1
         self._append(slot)
-        self._uploaded = None
+        self._is_uploaded = False
 
     def clear(self, slot: int) -> None:
         """Forget the adapter of a slot; its pages are the caller's again."""
@@ -182,7 +185,7 @@ class PagedPairs:
         self._sides[:, :, slot] = 0
         self._extras[:, :, slot] = -1
         self.edition += 1
-        self._uploaded = None
+        self._is_uploaded = False
 
     def _forget(self, slot: int) -> None:
         """Drop what was read of a slot, be it that there was nothing."""
@@ -288,10 +291,21 @@ class PagedPairs:
                 at += self.pieces(self.widths[1 + linear])
 
     def _on_device(self) -> tuple[torch.Tensor, ...]:
-        if self._uploaded is None:
-            tables = self._sides, self._scales, self._extras, self._offsets
-            self._uploaded = tuple(torch.from_numpy(table).to(self.pool.device, copy=True) for table in tables)
-        return self._uploaded
+        self.upload()
+        return self._tables
+
+    def upload(self) -> None:
+        """Bring the tables on the device up to date, in their places while they have room."""
+        if self._is_uploaded:
+            return
+        tables = [torch.from_numpy(t) for t in (self._sides, self._scales, self._extras, self._offsets)]
+        if [t.shape for t in tables] == [t.shape for t in self._tables]:
+            for held, table in zip(self._tables, tables, strict=True):
+                held.copy_(table)
+        else:
+            self._tables = tuple(table.to(self.pool.device, copy=True) for table in tables)
+            self.tables_edition += 1
+        self._is_uploaded = True
 
     def _read(self, start: int, count: int, width: int) -> torch.Tensor:
         flat, pieces = self.pool.view(-1), self.pieces(width)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -214,6 +214,31 @@ class _Assignments:
 
 def make_plan(routes: Routes, ranks: np.ndarray, blocks: Blocks, device: torch.device) -> Plan:
     """Make the work lists; see `Routes.plan`."""
+    found = list_work(routes, ranks, blocks)
+    widths = plan_widths(blocks)
+    arrays = {name: np.asarray(rows, np.int32).reshape(-1, widths.get(name, 1)) for name, rows in found.lists.items()}
+    weights = torch.from_numpy(found.weights).to(device)
+    return Plan(**_moved(arrays, device), weights=weights, size=found.size, slots=found.slots)
+
+
+def plan_widths(blocks: Blocks) -> dict[str, int]:
+    """Return the numbers of a row of the lists that have several."""
+    widths = {"shrink_rows": 3, "shrink_tiles": 4, "expand_rows": 2, "groups": 3}
+    return widths | {"tile_rows": blocks.tile_rows, "entries": 1 + blocks.tile_rows}
+
+
+@dataclass(frozen=True)
+class WorkLists:
+    """What `Plan` holds, on the host."""
+
+    lists: dict[str, Any]
+    weights: np.ndarray
+    size: int
+    slots: np.ndarray
+
+
+def list_work(routes: Routes, ranks: np.ndarray, blocks: Blocks) -> WorkLists:
+    """Make the work lists on the host."""
     work = _sorted(routes, ranks)
     groups = work.groups()
     lengths = ranks[work.slots]
@@ -245,11 +270,7 @@ def make_plan(routes: Routes, ranks: np.ndarray, blocks: Blocks, device: torch.d
         "entries": [entry for _, entries in tiles for entry in entries],
         "groups": groups,
     }
-    widths = {"shrink_rows": 3, "shrink_tiles": 4, "expand_rows": 2, "groups": 3}
-    widths |= {"tile_rows": blocks.tile_rows, "entries": 1 + blocks.tile_rows}
-    arrays = {name: np.asarray(value, np.int32).reshape(-1, widths.get(name, 1)) for name, value in lists.items()}
-    weights = torch.from_numpy(work.weights.astype(np.float32)).to(device)
-    return Plan(**_moved(arrays, device), weights=weights, size=int(lengths.sum()), slots=np.unique(work.slots))
+    return WorkLists(lists, work.weights.astype(np.float32), int(lengths.sum()), np.unique(work.slots))
 
 
 def _moved(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:

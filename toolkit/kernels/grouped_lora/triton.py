@@ -217,7 +217,7 @@ def _expand_row(
     e, slot = tl.load(item), tl.load(item + 1)
     side_ptr = sides_ptr + linear * 3 * slots
     start, rank = tl.load(side_ptr + slot), tl.load(side_ptr + slots + slot)
-    if rank == 0:
+    if (rank == 0) | (e < 0):  # lists of a fixed size end with work that is none
         return
     ns = tl.arange(0, BLOCK_N)
     exists = n + ns < width
@@ -310,8 +310,10 @@ def _expand_tile(
     change = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     changed = lines < 0
     extra_ptr = extras_ptr + linear * 2 * slots
-    stop = tl.load(bounds_ptr + tile + 1)
-    for entry in range(tl.load(bounds_ptr + tile), stop):
+    begin, stop = tl.load(bounds_ptr + tile), tl.load(bounds_ptr + tile + 1)
+    if begin == stop:
+        return
+    for entry in range(begin, stop):
         slot = tl.load(entries_ptr + entry * (1 + BLOCK_M))
         e = tl.load(entries_ptr + entry * (1 + BLOCK_M) + 1 + lines)
         start, rank = tl.load(side_ptr + slot), tl.load(side_ptr + slots + slot)
