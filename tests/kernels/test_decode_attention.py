@@ -92,6 +92,18 @@ def test_what_lies_together_is_not_copied(monkeypatch):
     assert torch.isfinite(out).all()
 
 
+@pytest.mark.parametrize("window", [None, 7])
+def test_sequences_of_one_length_that_lie_equally_far_apart_are_one_call(window, monkeypatch):
+    case = Case([13, 13, 13, 13, 13, 9, 0])
+    case.place(4, shuffled=False)
+    monkeypatch.setattr(torch_form, "WORTH_A_CALL", 0)
+    calls, dense = [], torch_form.dense_attention
+    monkeypatch.setattr(torch_form, "dense_attention", lambda q, *rest: calls.append(len(q)) or dense(q, *rest))
+    got = run(case, "torch", first_pages=case.tables[:, 0].tolist(), window=window)
+    check(got, case.exact(0.3, window=window), run(case, "reference", window=window))
+    assert sorted(calls) == [1, 5]
+
+
 def test_one_sequence_with_two_spans_beside_one_with_none():
     case, options = Case([40, 0]), {"window": 9, "num_global": 3}
     check(run(case, "torch", **options), case.exact(0.3, **options), run(case, "reference", **options))

@@ -69,7 +69,7 @@ def test_attention_of_other_lengths(options):
 def captured_lora(case):
     """A run over fixed tensors, and what fills and repeats it for other routes; `None` where there is no room."""
     routes = FixedRoutes(case.routes.slots, case.routes.weights)
-    x, ys = torch.empty_like(case.x), [torch.empty_like(y) for y in case.base()]
+    x, ys = torch.zeros_like(case.x), [torch.zeros_like(y) for y in case.base()]
 
     def run():
         paged_lora(ys, x, routes, case.pairs, case.biases, impl="triton")

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from toolkit.serving.pages import PagePool
+from toolkit.serving.pages import PagePool, _roundest
 
 
 def test_pool_gives_pages_once_and_takes_them_back():
@@ -54,14 +54,32 @@ def test_sequences_that_grow_side_by_side_lie_together():
     pool.check()
 
 
+def test_sequences_that_begin_one_after_another_lie_on_a_grid():
+    pool = PagePool(512, 4)
+    begins = sorted(pool.allocate_after(None).pages[0] for _ in range(16))
+    assert begins == list(range(0, 512, 32))
+    # Whoever comes in place of one that has gone begins where it did.
+    hole = pool.allocate_after(None)
+    pool.release(hole)
+    assert pool.allocate_after(None).pages == hole.pages
+
+
+def test_the_roundest_number():
+    for low in range(40):
+        for high in range(low, 70):
+            found = _roundest(low, high)
+            divides = [n & -n if n else 1 << 30 for n in range(low, high + 1)]
+            assert low <= found <= high
+            assert divides[found - low] == max(divides)
+
+
 def test_a_sequence_that_meets_another_goes_on_where_there_is_room():
     pool = PagePool(6, 4)
     blocks = [pool.allocate_after(None)]
-    assert blocks[0].pages == [3]
-    pool.allocate(4)
-    while pool.num_free:
-        blocks.append(pool.allocate_after(blocks[-1]))
-    assert [block.pages[0] for block in blocks] == [3, 5]
+    assert blocks[0].pages == [0]
+    assert pool.allocate(4).pages == [1, 2, 3, 4]
+    blocks.append(pool.allocate_after(blocks[-1]))
+    assert [block.pages[0] for block in blocks] == [0, 5]
     pool.check()
 
 
@@ -71,7 +89,7 @@ def test_a_part_of_the_pool_is_evicted_at_once():
     for block in blocks:
         block.on_evict = lambda block=block: gone.append(block.pages[0])
         pool.release(block)
-    assert [pool.allocate_after(None).pages, gone] == [[2], [0, 1, 2, 3]]
+    assert [pool.allocate_after(None).pages, gone] == [[0], [0, 1, 2, 3]]
     pool.check()
 
 

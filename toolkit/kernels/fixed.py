@@ -27,12 +27,13 @@ class Room:
 
 
 class FixedLists:
-    """Lists of int32 in one tensor, each followed by rows without work up to the most that it may have.
+    """Lists in one tensor, each followed by rows without work up to the most that it may have.
 
     Args:
         rooms: of every list.
         make: returns what belongs into them now, `[rows, width]` or flat.
         device: where they are.
+        dtype: of their numbers.
 
     Attributes:
         tensors: the lists, `[rows, width]`.
@@ -42,11 +43,15 @@ class FixedLists:
     """
 
     def __init__(
-        self, rooms: Mapping[str, Room], make: Callable[[], Mapping[str, np.ndarray]], device: torch.device
+        self,
+        rooms: Mapping[str, Room],
+        make: Callable[[], Mapping[str, np.ndarray]],
+        device: torch.device,
+        dtype: torch.dtype = torch.int32,
     ) -> None:
         self._rooms, self._make = dict(rooms), make
         sizes = [room.rows * room.width for room in rooms.values()]
-        self._flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self._flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
         parts = zip(rooms.items(), self._flat.split(sizes), strict=True)
         self.tensors = {name: part.view(room.rows, room.width) for (name, room), part in parts}
         self.refresh()
@@ -54,7 +59,7 @@ class FixedLists:
     def refresh(self) -> None:
         """Make the lists anew, in their places."""
         made = self._make()
-        full = [_filled(np.asarray(made[name], np.int32), room, name) for name, room in self._rooms.items()]
+        full = [_filled(np.asarray(made[name], np.int64), room, name) for name, room in self._rooms.items()]
         self._flat.copy_(torch.from_numpy(np.concatenate(full)))
 
 
@@ -63,7 +68,7 @@ def _filled(rows: np.ndarray, room: Room, name: str) -> np.ndarray:
     rows = rows.reshape(-1, room.width)
     if len(rows) > room.rows:
         raise ValueError(f"{name}: {len(rows)} rows where {room.rows} have room")
-    full = np.zeros((room.rows, room.width), np.int32)
+    full = np.zeros((room.rows, room.width), np.int64)
     full[: len(rows)] = rows
     full[len(rows) :] = room.fill if room.fill is not None else (rows[-1] if len(rows) else 0)
     return full.ravel()

@@ -29,10 +29,6 @@ class PlainCache:
         """Whether neighbouring pages are one plain run of tokens."""
         return all(t.stride(0) == t.shape[1] * t.stride(1) for t in (self.k, self.v))
 
-    def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all keys and values as `[1, G, P * page, D]`, where pages lie together."""
-        return tuple(t.flatten(0, 1).transpose(0, 1)[None] for t in (self.k, self.v))  # pyright: ignore[reportReturnType]
-
     @property
     def page(self) -> int:
         """Tokens of a page."""

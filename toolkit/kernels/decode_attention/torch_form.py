@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ CHUNK = 2**20
 """Bytes of keys that are worked on at a time, so that they are still in the processor's cache when they are used."""
 
 WORTH_A_CALL = 2**16
-"""Bytes of a sequence's keys above which it is read where it lies, if it lies together."""
+"""Bytes of keys that are read where they lie, if they lie together, rather than copied to be beside others."""
 
 Spans = tuple[Span, ...]
 
@@ -34,9 +34,9 @@ def decode_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the api."""
     plain = replace(scoring, sinks_H=None)
+    if scoring.sinks_H is None and not prefixes and (scoring.window is None or not scoring.num_global):
+        return _one_span_each(q_SHD, cache, lengths, tables, plain)
     shared, own = list_spans(lengths, prefixes, scoring)
-    if scoring.sinks_H is None and not shared and [span.members for span in own] == [(i,) for i in range(len(lengths))]:
-        return _one_span_each(q_SHD, cache, own, tables, plain)
     groups = (*((span,) for span in shared), *_chunks(tuple(own), _token_bytes(q_SHD, cache)))
     out_SHD = torch.zeros(q_SHD.shape, dtype=torch.float32, device=q_SHD.device)
     lse_SH = torch.full(q_SHD.shape[:2], -torch.inf, device=q_SHD.device)
@@ -53,22 +53,26 @@ def decode_attention(
 
 
 def _one_span_each(
-    q_SHD: torch.Tensor, cache: Cache, own: Sequence[Span], tables: torch.Tensor, scoring: Scoring
+    q_SHD: torch.Tensor, cache: Cache, lengths: Sequence[int], tables: torch.Tensor, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do the work of sequences of which each has one span: nothing is left to merge."""
-    starts = _starts(q_SHD, cache, own)
-    states = _where_they_lie(q_SHD, cache, starts, scoring) if starts else []
-    if len(states) == len(own):
-        return torch.cat([out for out, _ in states]), torch.cat([lse for _, lse in states])
-    out_SHD = torch.empty_like(q_SHD)
-    lse_SH = torch.empty(q_SHD.shape[:2], device=q_SHD.device)
-    for span, (out, lse) in zip(starts, states, strict=True):
-        row = span.members[0]
-        out_SHD[row], lse_SH[row] = out[0], lse[0]
-    for spans in _chunks(tuple(span for span in own if span not in starts), _token_bytes(q_SHD, cache)):
+    """Do the work of sequences of which each has at most one span: nothing is left to merge."""
+    first_pages: tuple[int | None, ...] = ()
+    if isinstance(cache, PlainCache) and cache.lies_together:
+        first_pages = tuple(cache.first_pages)
+    work = _work(tuple(lengths), first_pages, scoring.window, cache.page, _token_bytes(q_SHD, cache), q_SHD.device)
+    states = [_where_they_lie(q_SHD, cache, run, scoring) for run in work.runs]
+    for spans in work.chunks:
         rows = _places(spans, cache.page, tables.shape[1], q_SHD.device, q_SHD.dtype).rows
-        out, lse_SH[rows] = _padded(q_SHD[rows], cache, spans, tables, scoring)
-        out_SHD[rows] = out.to(q_SHD.dtype)
+        states.append(_padded(q_SHD[rows], cache, spans, tables, scoring))
+    if work.blind:
+        nothing = q_SHD.new_zeros(work.blind, *q_SHD.shape[1:])
+        states.append((nothing, nothing.new_full(nothing.shape[:2], -torch.inf, dtype=torch.float32)))
+    if len(states) == 1:
+        out_SHD, lse_SH = states[0]
+    else:
+        out_SHD, lse_SH = torch.cat([out for out, _ in states]), torch.cat([lse for _, lse in states])
+    if work.order is not None:
+        out_SHD, lse_SH = out_SHD[work.order], lse_SH[work.order]
     return out_SHD, lse_SH
 
 
@@ -76,29 +80,97 @@ def _token_bytes(q_SHD: torch.Tensor, cache: Cache) -> int:
     return cache.heads * q_SHD.shape[2] * q_SHD.itemsize
 
 
-def _starts(q_SHD: torch.Tensor, cache: Cache, own: Sequence[Span]) -> dict[Span, int]:
-    """Return the spans that are worth a call of their own, as nothing need be copied, and where their tokens begin."""
-    if not isinstance(cache, PlainCache) or not cache.first_pages or not cache.lies_together:
-        return {}
-    enough = WORTH_A_CALL // _token_bytes(q_SHD, cache)
-    pages = ((span, cache.first_pages[span.members[0]]) for span in own if span.stop - span.first >= enough)
-    return {span: page * cache.page + span.first for span, page in pages if page is not None}
+@dataclass(frozen=True)
+class Run:
+    """Sequences of one length that begin equally far from each other, and so are one tensor.
+
+    Attributes:
+        rows: of the batch.
+        index: the same for a tensor; `None` where they follow each other.
+        first: token of the memory at which the first begins.
+        step: tokens from one beginning to the next.
+        count: tokens of each.
+    """
+
+    rows: tuple[int, ...]
+    index: torch.Tensor | None
+    first: int
+    step: int
+    count: int
 
 
-def _where_they_lie(
-    q_SHD: torch.Tensor, cache: Cache, starts: Mapping[Span, int], scoring: Scoring
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return output `[1, H, D]` and sum `[1, H]` of each span."""
+@dataclass(frozen=True)
+class _Work:
+    """How a batch is divided; the same for all layers that see the same tokens.
+
+    Attributes:
+        runs: that are read where they lie.
+        chunks: spans that are copied to be beside each other.
+        blind: sequences that see nothing, which come last.
+        order: where each sequence is among the results of these; `None` where they are in order.
+    """
+
+    runs: list[Run]
+    chunks: list[Spans]
+    blind: int
+    order: torch.Tensor | None
+
+
+@lru_cache(maxsize=4)
+def _work(
+    lengths: tuple[int, ...],
+    first_pages: tuple[int | None, ...],
+    window: int | None,
+    page: int,
+    token_bytes: int,
+    device: torch.device,
+) -> _Work:
+    own = list_spans(lengths, (), Scoring(1.0, window))[1]
+    enough = WORTH_A_CALL // token_bytes
+    runs = [run for run in _runs(own, first_pages, page, device) if len(run.rows) * run.count >= enough]
+    there = {row for run in runs for row in run.rows}
+    chunks = _chunks(tuple(span for span in own if span.members[0] not in there), token_bytes)
+    rows = [*(row for run in runs for row in run.rows), *(span.members[0] for spans in chunks for span in spans)]
+    blind = [row for row in range(len(lengths)) if row not in set(rows)]
+    rows += blind
+    places = sorted(range(len(rows)), key=rows.__getitem__)
+    order = None if places == list(range(len(rows))) else torch.tensor(places, device=device)
+    return _Work(runs, chunks, len(blind), order)
+
+
+def _runs(own: Sequence[Span], first_pages: Sequence[int | None], page: int, device: torch.device) -> Iterator[Run]:
+    """Yield all sequences whose pages follow each other, as long runs as there are."""
+    found: list[list[tuple[int, int, int]]] = []  # length, beginning and row of each
+    begins = [(span, first_pages[span.members[0]]) for span in own] if first_pages else []
+    lying = sorted((s.stop - s.first, at * page + s.first, s.members[0]) for s, at in begins if at is not None)
+    for one in lying:
+        last = found[-1] if found else []
+        fits = last and last[-1][0] == one[0] and (len(last) < 2 or one[1] - last[-1][1] == last[1][1] - last[0][1])
+        found[-1].append(one) if fits else found.append([one])
+    for run in found:
+        count, first, _ = run[0]
+        rows = tuple(row for _, _, row in run)
+        follow = rows == tuple(range(rows[0], rows[0] + len(rows)))
+        step = run[1][1] - first if len(run) > 1 else 0
+        yield Run(rows, None if follow else torch.tensor(rows, device=device), first, step, count)
+
+
+def _where_they_lie(q_SHD: torch.Tensor, cache: Cache, run: Run, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return outputs `[rows, H, D]` and sums `[rows, H]` of a run."""
     assert isinstance(cache, PlainCache)
-    k_1GND, v_1GND = cache.tokens()
-    q_S1GRD = q_SHD.view(len(q_SHD), 1, cache.heads, -1, q_SHD.shape[2])
-    found = []
-    for span, start in starts.items():
-        count = span.stop - span.first
-        k_1GLD, v_1GLD = k_1GND.narrow(2, start, count), v_1GND.narrow(2, start, count)
-        out, lse = dense_attention(q_S1GRD[span.members[0]], k_1GLD, v_1GLD, None, scoring)
-        found.append((out.reshape(1, *q_SHD.shape[1:]), lse.reshape(1, -1)))
-    return found
+    rows = slice(run.rows[0], run.rows[0] + len(run.rows)) if run.index is None else run.index
+    q_SGRD = q_SHD[rows].view(len(run.rows), cache.heads, -1, q_SHD.shape[2])
+    k_SGLD, v_SGLD = (_strided(t, run) for t in (cache.k, cache.v))
+    out, lse = dense_attention(q_SGRD, k_SGLD, v_SGLD, None, scoring)
+    return out.reshape(-1, *q_SHD.shape[1:]), lse.reshape(-1, q_SHD.shape[1])
+
+
+def _strided(cache: torch.Tensor, run: Run) -> torch.Tensor:
+    """Return the keys or values of a run, `[S, G, L, D]`, as a view of the memory `[P, page, G, D]`."""
+    _, token, head, feature = cache.stride()
+    sizes = len(run.rows), cache.shape[2], run.count, cache.shape[3]
+    strides = run.step * token, head, token, feature
+    return cache.as_strided(sizes, strides, cache.storage_offset() + run.first * token)
 
 
 @lru_cache(maxsize=4)

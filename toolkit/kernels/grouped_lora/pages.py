@@ -48,7 +48,7 @@ class PagedPairs:
     Attributes:
         versions: of each slot that is taken, a number that no other adapter had or will have.
         edition: grows whenever an adapter comes or goes.
-        tables_edition: grows whenever the tables on the device are other tensors, rather than the same with other contents.
+        tables_edition: grows whenever the tables on the device are other tensors, not the same with other contents.
         checked: what an operation found right when it last looked at its tensors.
         plain: slots whose adapter only adds a product.
         doras: slots whose adapter rescales an output.
