@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serving.variants import Oracle
+from tests.serving.variants import UNMERGED, Oracle
 from toolkit.serving.engine import Engine
 from toolkit.serving.request import Sampling
 from toolkit.serving.spec import Limits
@@ -18,7 +18,7 @@ from toolkit.serving.ticket import Ticket
 MOST = 1_000
 """One answer in as many may differ where the two best logits are as good as equal."""
 
-ALONE = ("dora", "prefix", "arrow", "pair")
+ALONE = ("dora", *UNMERGED, "arrow", "pair")
 """What cannot be combined; the last two are token routers."""
 
 CLOSE = 1e-4
@@ -45,7 +45,7 @@ def random_model(rng: random.Random, names: list[str]) -> str:
 def is_its_own(oracle: Any, name: str, prompt: list[int], output: list[int]) -> bool:
     """Tell whether every token is the likeliest after those before it, or as likely as that but for rounding."""
     with torch.inference_mode():
-        logits = oracle.model(name)(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1].float()
+        logits = oracle.model(name)(torch.tensor([prompt + output])).logits[0, -len(output) - 1 : -1].float()
     best, chosen = logits.max(dim=-1).values, logits.gather(1, torch.tensor(output)[:, None])[:, 0]
     spread = logits.max(dim=-1).values - logits.min(dim=-1).values
     return bool((best - chosen <= CLOSE * spread).all())

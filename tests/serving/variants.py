@@ -16,12 +16,15 @@ from peft import (
     OFTConfig,
     PeftModel,
     PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     VeraConfig,
     get_peft_model,
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests import tiny
+from tests.adapters.laws import config_of
 from toolkit.checkpoints.compressed import on_base, open_compressed
 from toolkit.checkpoints.reader import Checkpoint, open_checkpoint
 from toolkit.merge.extract import extract
@@ -41,6 +44,10 @@ LORAS: dict[str, Any] = {
     "head": {"target_modules": ["lm_head", "v_proj"]},
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
 }
+
+
+UNMERGED = ("prefix", "prompt", "p_tuning", "bottleneck", "ladder")
+"""Variants that change no weight and cannot be combined: what comes before the prompt, and passes of their own."""
 
 
 def save_kind(base: Path, folder: Path, config: Any, seed: int, strength: float = 0.2) -> Path:
@@ -64,6 +71,13 @@ def save_all(base: Path, root: Path) -> dict[str, Path | str]:
         found[name] = tiny.save_lora(base, root / name, seed=20 + i, **config)
     for i, (name, config) in enumerate(KINDS.items()):
         found[name] = save_kind(base, root / name, config, seed=40 + i)
+    own = {"bottleneck": config_of("bottleneck", size=4), "ladder": config_of("lst", reduction=4)}
+    for i, (name, config) in enumerate(own.items()):
+        found[name] = save_kind(base, root / name, config, seed=64 + i, strength=0.3)
+    found["prompt"] = save_kind(base, root / "prompt", PromptTuningConfig(num_virtual_tokens=4), seed=61, strength=1)
+    found["p_tuning"] = save_kind(
+        base, root / "p_tuning", PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8), seed=62, strength=0.5
+    )
     found["prefix"] = save_kind(base, root / "prefix", PrefixTuningConfig(num_virtual_tokens=5), seed=60, strength=1)
     model = AutoModelForCausalLM.from_pretrained(base)
     for i, name in enumerate(("tuned", "other")):
@@ -113,7 +127,7 @@ class Oracle:
             with open_checkpoint(self.base) as base, on_base(base, open_compressed(source)) as whole:
                 model.load_state_dict({key: _read(whole, key) for key in whole.tensors})
             return model
-        if name == "prefix":
+        if name in UNMERGED:
             with quiet_transformers():
                 return PeftModel.from_pretrained(tiny.load_merged(self.base, None), str(folder))
         if not (folder / "adapter_config.json").is_file():
@@ -123,4 +137,6 @@ class Oracle:
             return tiny.load_merged(self.base, folder)
 
     def greedy(self, name: str, prompt: list[int], count: int) -> list[int]:
-        return tiny.greedy(self.model(name), prompt, count)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Position ids are not supported")  # PEFT makes them anew
+            return tiny.greedy(self.model(name), prompt, count)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch import nn
 
 from toolkit.adapters.methods._base import AdapterLayer, LowRank
 from toolkit.adapters.mhr import Task, mixed, poly_layers
@@ -61,9 +62,26 @@ def _pairs(model: PeftModel, adapter: str, task: Task | None) -> dict[str, LowRa
         return {name: mixed(layer, task, adapter) for name, layer in poly_layers(model, adapter).items()}
     if task is not None:
         raise ValueError(f"a task is for POLY adapters; this one is {kind}")
-    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, AdapterLayer)}
-    if not layers:
+    pairs = low_rank_pairs(model.get_base_model(), adapter)
+    if not pairs:
         raise UnsupportedError(f"{kind} is no method of the toolkit; `toolkit adapters convert` takes what merges")
+    return pairs
+
+
+def low_rank_pairs(model: nn.Module, adapter: str = "default") -> dict[str, LowRank]:
+    """Return an adapter of one of the toolkit's methods as factors, by the names of the linears.
+
+    Args:
+        model: with the adapter's layers in it.
+        adapter: its name.
+
+    Returns:
+        No pairs where no layer is the toolkit's.
+
+    Raises:
+        UnsupportedError: the adapter is no pair of factors.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
     return {name: layer.low_rank(adapter) for name, layer in layers.items() if adapter in layer.configs}
 
 

@@ -16,6 +16,7 @@ from toolkit.routing.embedding import HiddenStates
 from toolkit.routing.policy import may_fall_back
 from toolkit.routing.router import Router, load_router
 from toolkit.routing.token.spec import token_router_spec
+from toolkit.serving import graphs
 from toolkit.serving.adapters.open import open_source
 from toolkit.serving.adapters.pool import AdapterPool, check_name
 from toolkit.serving.adapters.target import Target
@@ -62,12 +63,16 @@ def assemble(
         page = page_elements(runner.observed.heads, limits.page_size)[0] * model.dtype.itemsize
         count += _pages_for([source.nbytes for source in opened.values()], limits.max_requests, page)
     pages = PagePool(count, limits.page_size)
-    memory = Memory(runner.observed.heads, count, limits.page_size, model.dtype, model.device)
+    capture = graphs.capture_for(model.device) if limits.decode_graphs and impl in (None, "triton") else None
+    spare = 0 if capture is None else 1
+    memory = Memory(runner.observed.heads, count + spare, limits.page_size, model.dtype, model.device)
     host = limits.host_bytes(model.device.type)
     pool = AdapterPool(target, memory, pages, BatchAdapters(impl=impl), host, shared)
     for name, source in opened.items():
         pool.add(name, adapters[name], source)
     runner.begin(memory, pool)
+    if capture is not None:
+        runner.graphs = graphs.DecodeGraphs(model, memory, pool.batch, pool.linear_groups, impl, capture=capture)
     scheduler = Scheduler(
         pages,
         limits.max_batch_tokens,

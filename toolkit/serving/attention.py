@@ -105,7 +105,8 @@ def paged_attention(
     n, rows = batch.num_decodes, batch.starts
     parts: list[torch.Tensor] = []
     if n:
-        at = batch.lengths[:n], batch.tables[:n]
+        lengths = batch.lengths if n == len(batch.lengths) else batch.lengths[:n]  # a slice would be a mere list
+        at = lengths, batch.tables[:n]
         parts.append(decode_attention(q[:n], k_cache, v_cache, *at, first_pages=batch.first_pages[:n], **options)[0])
     if n < len(batch.lengths):
         starts = [row - rows[n] for row in rows[n:]]

@@ -219,6 +219,7 @@ class Engine:
             priority=priority,
             deadline=None if timeout is None else time.monotonic() + timeout,
             num_virtual=virtual,
+            is_apart=self.adapters.is_apart(mix),
         )
         self.scheduler.check_fits(request)
         ticket = Ticket(request, model, text, TextStream(self.tokenizer, sampling.stop, ids), on_choice=on_choice)
@@ -346,6 +347,7 @@ class Engine:
         try:
             request.mix = self.adapters.mix(parse_model(ticket.model))
             request.num_virtual = self.adapters.num_virtual(request.mix)
+            request.is_apart = self.adapters.is_apart(request.mix)
             self._queue(ticket)
         except RequestError as error:
             request.mix = Mix()
@@ -460,8 +462,9 @@ class Engine:
             raise RequestError(f"{name!r} comes before the prompt, so it has no forward pass of its own")
         self._hold_now(mix)
         try:
+            own = self.adapters.own_pass(mix)
             with self.adapters.batch.on_every_row(self.adapters.rows([(mix, 1)])):
-                yield self.model
+                yield self.model if own is None else own.model
         finally:
             self._let_go(mix)
 

@@ -164,6 +164,7 @@ class Request:
         priority: lower ones go first, and may put running requests of higher ones back into the queue.
         deadline: on `time.monotonic`'s clock, after which the request ends with an error.
         num_virtual: tokens that the adapters put before the prompt.
+        is_apart: its keys and values are in a cache of its own, and not in its pages.
         output: ids generated so far.
         num_computed: leading tokens whose keys and values are in the pool.
         num_cached: of those, tokens that were there when the request last started.
@@ -186,6 +187,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     num_virtual: int = 0
+    is_apart: bool = False
     output: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0
@@ -219,6 +221,11 @@ class Request:
         """Tokens that prompt and answer can come to."""
         assert self.sampling.max_tokens is not None, "the engine fills it in"
         return len(self.prompt) + self.sampling.max_tokens
+
+    @property
+    def shares_pages(self) -> bool:
+        """Whether its pages hold what the same tokens would put there in any other request."""
+        return not self.num_virtual and not self.is_apart
 
     @property
     def pages(self) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -13,13 +12,16 @@ from transformers import PreTrainedModel
 
 from toolkit.errors import UnsupportedError
 from toolkit.kernels.impl import Impl
-from toolkit.kernels.paging import PagedBatch, store
+from toolkit.kernels.paging import store
 from toolkit.serving.adapters.pool import AdapterPool
-from toolkit.serving.attention import NAME, PagedStep
+from toolkit.serving.attention import NAME
+from toolkit.serving.graphs import DecodeGraphs
 from toolkit.serving.logprobs import note_prompt
 from toolkit.serving.memory import Memory
 from toolkit.serving.observe import observing
+from toolkit.serving.own_pass import OwnPass
 from toolkit.serving.pages import Block
+from toolkit.serving.passes import Part, allowed, distance, keeps_logits, paged_logits, slots
 from toolkit.serving.request import Request
 from toolkit.serving.scheduler import Work
 
@@ -28,9 +30,6 @@ LONGEST_PROBE = 64
 
 PROBED = 2
 """Last tokens of it whose logits are compared."""
-
-EXACT, ROUNDED = 1e-3, 5e-2
-"""How far paged and ordinary logits may be apart, as a share of their spread: with 32 bits or more, with fewer."""
 
 
 class Runner:
@@ -43,6 +42,7 @@ class Runner:
     Attributes:
         observed: what an ordinary forward pass showed of the model.
         vocabulary: rows of the input embedding, below which every id must be.
+        graphs: of steps of single tokens, where they are captured.
 
     Raises:
         UnsupportedError: the model's attention does not go through transformers' interface.
@@ -50,11 +50,11 @@ class Runner:
 
     memory: Memory
     adapters: AdapterPool
+    graphs: DecodeGraphs | None = None
 
     def __init__(self, model: PreTrainedModel, page_size: int, impl: Impl | None = None) -> None:
         self.model, self.page_size = model, page_size
         self.impl: Impl | None = impl
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
         self._check_config()
         self._ids = self._probe_ids()
@@ -132,7 +132,7 @@ class Runner:
         return torch.cat([after_prompt, after_answer])
 
     def _plain_logits(self, ids: list[int]) -> torch.Tensor:
-        extra: dict[str, Any] = {"logits_to_keep": PROBED} if self._keeps_logits else {}
+        extra: dict[str, Any] = {"logits_to_keep": PROBED} if keeps_logits(self.model) else {}
         if getattr(self, "observed", None):
             extra["observed"] = self.observed
         with torch.inference_mode():
@@ -141,16 +141,14 @@ class Runner:
 
     def _compare(self, paged: torch.Tensor, plain: torch.Tensor) -> None:
         kind = type(self.model).__name__
-        finite = plain.isfinite()
-        if not finite.any():
-            raise UnsupportedError(f"{kind}: its logits are no numbers; are its weights whole?")
-        spread = plain[finite].max() - plain[finite].min()
-        off = (paged[finite] - plain[finite]).abs().max()
-        allowed = EXACT if self.model.dtype.itemsize >= 4 else ROUNDED
-        if not off <= allowed * spread:
+        try:
+            off, most = distance(paged, plain), allowed(self.model.dtype)
+        except ValueError as error:
+            raise UnsupportedError(f"{kind}: {error}") from None
+        if not off <= most:
             raise UnsupportedError(
-                f"{kind}: with paged attention its logits are off by {off / spread:.2g} of their spread (allowed"
-                f" {allowed:g}): something in it is not known here, so it cannot be served"
+                f"{kind}: with paged attention its logits are off by {off:.2g} of their spread (allowed"
+                f" {most:g}): something in it is not known here, so it cannot be served"
             )
 
     def run(self, step: Sequence[Work]) -> tuple[list[Work], torch.Tensor]:
@@ -159,60 +157,50 @@ class Runner:
         Returns:
             The works that complete their request's tokens, and the logits after each, `[len(works), V]` float32.
         """
-        ordered = _ordered(step)
-        tokens, positions = _tokens(ordered), _positions(ordered)
-        ends = list(accumulate(work.count for work in ordered))
+        found = [self._run_pass(works, own) for own, works in self._passes(step)]
+        if len(found) == 1:
+            return found[0]
+        complete = [work for works, _ in found for work in works]
+        return complete, torch.cat([logits for _, logits in found])
+
+    def _passes(self, step: Sequence[Work]) -> list[tuple[OwnPass | None, list[Work]]]:
+        """Return the works that run together, those of the base and what changes it in the batch first."""
+        found: dict[int, tuple[OwnPass | None, list[Work]]] = {}
+        for work in step:
+            own = self.adapters.own_pass(work.request.mix)
+            found.setdefault(0 if own is None else id(own), (own, []))[1].append(work)
+        return [found[key] for key in sorted(found, key=bool)]
+
+    def _run_pass(self, works: Sequence[Work], own: OwnPass | None) -> tuple[list[Work], torch.Tensor]:
+        ordered = _ordered(works)
         kept = [_kept(work) for work in ordered]
-        head_rows = [end - work.count + at for work, end, own in zip(ordered, ends, kept, strict=True) for at in own]
-        rows = self.adapters.rows([(work.request.mix, work.count) for work in ordered])
-        kept_rows = [(work.request.mix, len(own)) for work, own in zip(ordered, kept, strict=True) if own]
-        self._write_prefixes(ordered)
-        with torch.inference_mode(), self.adapters.batch.active(rows, self.adapters.rows(kept_rows)):
-            logits = self._forward(tokens, positions, self._paged(ordered, ends), head_rows)
+        with torch.inference_mode():
+            if own is not None and not own.is_paged:
+                pairs = zip(ordered, kept, strict=True)
+                logits = torch.cat([own.logits(work.request, work.count, keep) for work, keep in pairs])
+            else:
+                logits = self._flat(ordered, kept, self.model if own is None else own.model)
         last_rows = _note_prompts(ordered, kept, logits)
         for work in ordered:
             work.request.num_computed += work.count
         complete = [work for work, row in zip(ordered, last_rows, strict=True) if row is not None]
         return complete, logits if len(complete) == len(logits) else logits[[r for r in last_rows if r is not None]]
 
-    def _forward(self, tokens: list[int], positions: list[int], batch: PagedBatch, keep: list[int]) -> torch.Tensor:
-        device = self.model.device
-        rows = torch.tensor(keep, dtype=torch.long, device=device)
-        extra = {"logits_to_keep": rows} if self._keeps_logits else {}
-        output = self.model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            # transformers returns a mask of four dimensions as it is, so none is built; ours needs none.
-            attention_mask=torch.zeros(1, 1, 1, 1, device=device),
-            use_cache=False,
-            paged=PagedStep(self.memory, batch, self.impl),
-            **extra,
-        )
-        logits = output.logits[0] if self._keeps_logits else output.logits[0, rows]
-        return logits.float()
-
-    def _paged(self, ordered: Sequence[Work], ends: Sequence[int]) -> PagedBatch:
-        device = self.model.device
-        lengths = [work.request.num_virtual + work.request.num_computed + work.count for work in ordered]
-        width = -(-max(lengths) // self.page_size)
-        tables, slots, firsts = [], [], []
-        for work, length in zip(ordered, lengths, strict=True):
-            pages = work.request.pages
-            firsts.append(_first_page(pages, self.page_size, length))
-            tables.append((pages + [0] * width)[:width])
-            slots += self._slots(pages, length - work.count, length)
-        return PagedBatch(
-            starts=[0, *ends],
-            lengths=lengths,
-            first_pages=firsts,
-            tables=torch.tensor(tables, device=device),
-            slots=torch.tensor(slots, device=device),
-            num_decodes=sum(work.count == 1 for work in ordered),
-        )
-
-    def _slots(self, pages: Sequence[int], start: int, stop: int) -> list[int]:
-        size = self.page_size
-        return [pages[token // size] * size + token % size for token in range(start, stop)]
+    def _flat(self, ordered: Sequence[Work], kept: Sequence[list[int]], model: PreTrainedModel) -> torch.Tensor:
+        """Run works as one flat batch with pages; return the logits that are kept."""
+        ends = accumulate(work.count for work in ordered)
+        keep = [end - work.count + at for work, end, own in zip(ordered, ends, kept, strict=True) for at in own]
+        rows = self.adapters.rows([(work.request.mix, work.count) for work in ordered])
+        kept_rows = [(work.request.mix, len(own)) for work, own in zip(ordered, kept, strict=True) if own]
+        self._write_prefixes(ordered)
+        parts = [_part(work) for work in ordered]
+        is_decode = ordered[-1].count == 1 and len(keep) == len(parts)  # single tokens come first
+        if self.graphs is not None and is_decode and model is self.model:
+            logits = self.graphs.logits(parts, rows)
+            if logits is not None:
+                return logits
+        with self.adapters.batch.active(rows, self.adapters.rows(kept_rows)):
+            return paged_logits(model, self.memory, parts, keep, self.impl)
 
     def _write_prefixes(self, ordered: Sequence[Work]) -> None:
         """Store the keys and values that come before a prompt that begins."""
@@ -220,10 +208,10 @@ class Runner:
             prefix = self.adapters.prefix(request.mix)
             if request.num_computed or prefix is None:
                 continue
-            slots = torch.tensor(self._slots(request.pages, 0, prefix.length), device=self.model.device)
+            into = torch.tensor(slots(request.pages, self.page_size, 0, prefix.length), device=self.model.device)
             for index, layer in enumerate(self.memory.keys):
-                store(self.memory.keys[layer], slots, prefix.keys[index])
-                store(self.memory.values[layer], slots, prefix.values[index])
+                store(self.memory.keys[layer], into, prefix.keys[index])
+                store(self.memory.values[layer], into, prefix.values[index])
 
 
 def _ordered(step: Sequence[Work]) -> list[Work]:
@@ -239,15 +227,6 @@ def _ordered(step: Sequence[Work]) -> list[Work]:
         return work.count > 1, -longest[identity], identity, -work.request.num_computed
 
     return sorted(step, key=place)
-
-
-def _first_page(pages: Sequence[int], page_size: int, length: int) -> int | None:
-    """Return the first page of a sequence whose pages follow each other as far as its tokens go."""
-    used = -(-length // page_size)
-    first = pages[0]
-    if pages[used - 1] != first + used - 1 or list(pages[:used]) != list(range(first, first + used)):
-        return None
-    return first
 
 
 def _kept(work: Work) -> list[int]:
@@ -271,17 +250,10 @@ def _note_prompts(ordered: Sequence[Work], kept: Sequence[list[int]], logits: to
     return last_rows
 
 
-def _tokens(ordered: Sequence[Work]) -> list[int]:
-    found: list[int] = []
-    for work in ordered:
-        request = work.request
-        if work.count == 1 and request.num_pending == 1:
-            found.append(request.output[-1] if request.output else request.prompt[-1])
-        else:
-            found += request.tokens[request.num_computed : request.num_computed + work.count]
-    return found
-
-
-def _positions(ordered: Sequence[Work]) -> list[int]:
-    starts = [(w.request.num_virtual + w.request.num_computed, w.count) for w in ordered]
-    return [position for start, count in starts for position in range(start, start + count)]
+def _part(work: Work) -> Part:
+    request = work.request
+    if work.count == 1 and request.num_pending == 1:  # without putting prompt and answer together
+        tokens = [request.output[-1] if request.output else request.prompt[-1]]
+    else:
+        tokens = request.tokens[request.num_computed : request.num_computed + work.count]
+    return Part(tokens, request.num_virtual + request.num_computed, request.pages)

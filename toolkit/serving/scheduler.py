@@ -225,7 +225,7 @@ class Scheduler:
     def _shares(self, request: Request) -> bool:
         """Tell whether a request begins with pages of the prefix cache; what was swapped out comes back instead."""
         swapped = self.swap is not None and self.swap.pages_of(request)
-        return self.prefixes is not None and not request.num_virtual and not swapped
+        return self.prefixes is not None and request.shares_pages and not swapped
 
     def _admit(self, request: Request) -> None:
         self.waiting.remove(request)
@@ -260,7 +260,7 @@ class Scheduler:
     def computed(self, step: list[Work]) -> None:
         """Note that the tokens of a step are computed, so that other requests can share them."""
         for work in step:
-            if self.prefixes and not work.request.num_virtual:
+            if self.prefixes and work.request.shares_pages:
                 self.prefixes.note(work.request, work.request.num_computed - work.count)
 
     def finish(self, request: Request) -> bool:

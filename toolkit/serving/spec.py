@@ -31,6 +31,7 @@ class Limits(Spec):
         cache_tokens: tokens that the cache holds; its pages hold the adapters in use too. By default the longest
             request `max_requests` times over, at most 65,536, and the adapters that are there from the start.
         prefix_cache: compute prompts that begin alike once.
+        decode_graphs: capture steps of single tokens as CUDA graphs on a GPU.
         host_adapters: bytes of adapters that are kept on the host of a GPU for their next use; on a CPU none are, for
             the cache itself is there.
         swap_bytes: of the host for what requests had computed that must make room; by default it is computed anew.
@@ -46,6 +47,7 @@ class Limits(Spec):
     page_size: Annotated[int, Field(ge=1)] = 16
     cache_tokens: Annotated[int, Field(ge=2)] | None = None
     prefix_cache: bool = True
+    decode_graphs: bool = True
     host_adapters: Size = 4_000_000_000
     swap_bytes: Size | None = None
     max_waiting: Annotated[int, Field(ge=0)] = 1024

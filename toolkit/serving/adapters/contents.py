@@ -16,6 +16,7 @@ import torch
 
 from toolkit.kernels.grouped_lora import Pair
 from toolkit.serving.changes import Change
+from toolkit.serving.own_pass import OwnPass
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,21 @@ class Contents:
         pairs: low-rank factors by the name of the linear or the embedding.
         changes: other changes by the name of the module.
         prefix: before every prompt, or `None`.
+        own_pass: the model that requests run in, instead of the base; then there is nothing else.
     """
 
     pairs: Mapping[str, Pair] = field(default_factory=dict)
     changes: Mapping[str, Change] = field(default_factory=dict)
     prefix: Prefix | None = None
+    own_pass: OwnPass | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         own = [t for p in self.pairs.values() for t in (p.a_rK, p.b_Nr, p.gain_N, p.bias_N) if t is not None]
         prefix = [self.prefix.keys, self.prefix.values] if self.prefix else []
-        return sum(t.nbytes for t in (*own, *prefix)) + sum(change.nbytes for change in self.changes.values())
+        rest = sum(change.nbytes for change in self.changes.values())
+        return sum(t.nbytes for t in (*own, *prefix)) + rest + (self.own_pass.nbytes if self.own_pass else 0)
 
 
 class Source(ABC):
@@ -75,6 +79,7 @@ class Source(ABC):
         rescaled: linears whose outputs the factors come with a gain for (DoRA).
         num_virtual: tokens before the prompt.
         is_exclusive: it cannot be weighted or combined.
+        is_apart: requests run one by one, each with a cache of its own.
     """
 
     key: str
@@ -86,6 +91,7 @@ class Source(ABC):
     rescaled: Collection[str] = ()
     num_virtual: int = 0
     is_exclusive: bool = False
+    is_apart: bool = False
 
     @abstractmethod
     def read(self) -> Contents:

@@ -11,12 +11,19 @@ from toolkit.checkpoints.reader import read_json
 from toolkit.errors import CheckpointError, MissingError
 from toolkit.serving.adapters.contents import Source
 from toolkit.serving.adapters.lora import open_lora
-from toolkit.serving.adapters.peft_kinds import Ia3Source, MergeableSource, PrefixSource
+from toolkit.serving.adapters.others import open_other
+from toolkit.serving.adapters.peft_kinds import Ia3Source, PrefixSource, PromptSource
 from toolkit.serving.adapters.poly import PolySource
 from toolkit.serving.adapters.target import Target
 from toolkit.serving.adapters.tuned import CheckpointSource, CompressedSource, SharedTensors
 
-_KINDS = {"LORA": open_lora, "IA3": Ia3Source, "PREFIX_TUNING": PrefixSource}
+_KINDS = {
+    "LORA": open_lora,
+    "IA3": Ia3Source,
+    "PREFIX_TUNING": PrefixSource,
+    "PROMPT_TUNING": PromptSource,
+    "P_TUNING": PromptSource,
+}
 
 
 def open_source(source: str | Path, target: Target, shared: SharedTensors) -> Source:
@@ -51,4 +58,6 @@ def open_source(source: str | Path, target: Target, shared: SharedTensors) -> So
         raise CheckpointError(f"{source}: {CONFIG}: peft_type: expected a name, got {kind!r}")
     if kind == "POLY":
         return PolySource(folder, task, target)
-    return _KINDS.get(kind, MergeableSource)(folder, target, config)
+    if kind in _KINDS:
+        return _KINDS[kind](folder, target, config)
+    return open_other(folder, task, target, config)

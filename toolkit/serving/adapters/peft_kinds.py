@@ -1,11 +1,11 @@
-"""PEFT folders that are no LoRA: IA3, prefix tuning, and whatever PEFT can merge into weights."""
+"""PEFT folders that are no LoRA: IA3, prefix and prompt tuning, and whatever PEFT can merge into weights."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -102,6 +102,49 @@ class PrefixSource(PeftSource):
         groups, size = next(iter(heads.values()))
         both = stored.view(len(stored), len(heads), 2, groups, size).permute(2, 1, 0, 3, 4).contiguous()
         return Contents(prefix=Prefix(both[0], both[1]))
+
+
+class PromptSource(PeftSource):
+    """Embeddings before the prompt (prompt tuning, P-tuning), as the keys and values that the base makes of them.
+
+    Like a prefix it cannot be weighted or combined.
+
+    Raises:
+        CheckpointError: it was made for another base.
+        UnsupportedError: layers of the base differ in their heads.
+    """
+
+    is_exclusive = True
+
+    def __init__(self, folder: Path, target: Target, config: Mapping[str, Any]) -> None:
+        super().__init__(folder, target, config)
+        embeddings = self._embeddings()
+        self.num_virtual = len(embeddings)
+        wanted = cast(torch.Tensor, target.model.get_input_embeddings().weight).shape[1]
+        if embeddings.shape[1] != wanted:
+            raise CheckpointError(
+                f"{self.source}: its embeddings are {embeddings.shape[1]} wide, those of the served model {wanted}"
+            )
+        if len(set(target.observed.heads.values())) != 1:
+            raise UnsupportedError(f"{self.source}: layers of the served model have different heads")
+        self.description = f"{config['peft_type']}, {self.num_virtual} tokens before the prompt"
+
+    def _embeddings(self) -> torch.Tensor:
+        return load_file(self.folder / WEIGHTS)["prompt_embeddings"]
+
+    @override
+    def _read(self) -> Contents:
+        from transformers import DynamicCache
+
+        from toolkit.adapters.attached import beside  # imports PEFT
+
+        model = beside(self.target.model)  # the engine may be in the middle of a step of its own
+        embeddings = self._embeddings().to(model.device, model.dtype)
+        with torch.inference_mode():
+            layers = model(inputs_embeds=embeddings[None], past_key_values=DynamicCache(), use_cache=True)
+        cached = [layers.past_key_values.layers[layer] for layer in self.target.observed.heads]
+        keys, values = (torch.stack([getattr(c, n)[0].transpose(0, 1) for c in cached]) for n in ("keys", "values"))
+        return Contents(prefix=Prefix(keys.contiguous(), values.contiguous()))
 
 
 class MergeableSource(PeftSource):

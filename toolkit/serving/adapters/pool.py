@@ -26,6 +26,7 @@ from toolkit.serving.adapters.tiers import MOST_AHEAD, HostTier, Loader
 from toolkit.serving.adapters.tuned import SharedTensors
 from toolkit.serving.memory import Memory
 from toolkit.serving.mix import AUTO, BASE, Mix, Named
+from toolkit.serving.own_pass import OwnPass
 from toolkit.serving.pages import Block, PagePool
 from toolkit.serving.sites import PLAIN, BatchAdapters, LinearGroup, Rows, Site, place_site
 from toolkit.serving.token_routing import RoutedRows, TokenRouters
@@ -71,6 +72,7 @@ class _Entry:
         block: its pages while it is on the device.
         slot: its place in the tables of the kernels, likewise.
         prefix: on the device, likewise.
+        own_pass: likewise.
     """
 
     sources: dict[str, Source]
@@ -79,6 +81,7 @@ class _Entry:
     block: Block | None = None
     slot: int = -1
     prefix: Prefix | None = None
+    own_pass: OwnPass | None = None
     groups: list[LinearGroup] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
 
@@ -146,6 +149,10 @@ class AdapterPool:
         """Bytes of the pages of adapters that are on the device."""
         pages = sum(entry.pages for entry in self._entries.values() if entry.block)
         return pages * self.memory.page_bytes
+
+    def linear_groups(self) -> list[LinearGroup]:
+        """Return the linears that low-rank adapters work at, those that were adapted last at the end."""
+        return list(self._groups.values())
 
     @property
     def num_resident(self) -> int:
@@ -347,6 +354,14 @@ class AdapterPool:
         """Return the keys and values before the prompt of a mix on the device."""
         return next((self._entries[key].prefix for key in mix.keys if self._entries[key].prefix), None)
 
+    def is_apart(self, mix: Mix) -> bool:
+        """Tell whether requests run one by one, with caches of their own."""
+        return any(self._entries[key].source.is_apart for key in mix.keys)
+
+    def own_pass(self, mix: Mix) -> OwnPass | None:
+        """Return the model that a mix on the device runs in, where it is not the base."""
+        return next((self._entries[key].own_pass for key in mix.keys if self._entries[key].own_pass), None)
+
     def close(self) -> None:
         """Stop reading."""
         self.loader.close()
@@ -406,7 +421,7 @@ class AdapterPool:
             site = self._site(name)
             site.changes[entry.source.key] = change.to(device)
             entry.sites.append(site)
-        entry.prefix = contents.prefix and contents.prefix.to(device)
+        entry.prefix, entry.own_pass = contents.prefix and contents.prefix.to(device), contents.own_pass
         entry.block.on_evict = lambda: self._evict(entry)
         self.num_placed += 1
         if device.type == "cpu" and not self.host.capacity:
@@ -419,7 +434,8 @@ class AdapterPool:
         for site in entry.sites:
             del site.changes[entry.source.key]
         self._slots.append(entry.slot)
-        entry.block, entry.slot, entry.prefix, entry.groups, entry.sites = None, -1, None, [], []
+        entry.block, entry.slot, entry.groups, entry.sites = None, -1, [], []
+        entry.prefix = entry.own_pass = None
         self.num_evicted += 1
 
     def _disown(self, name: str, key: str) -> None:
