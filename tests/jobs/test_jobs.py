@@ -288,8 +288,9 @@ def test_steps_feed_each_other_and_are_not_repeated(workers, base, loras, tmp_pa
     assert set(changed.numbers["seconds"]) == {"scores", "both"}, "what depends on a change is done again"
 
 
-def test_smoke_block_makes_a_recipe_small(base, loras, tmp_path):
+def test_smoke_block_makes_a_recipe_small(base, loras, tmp_path, capsys):
     result = run_recipe(recipe(base, loras), tmp_path / "run", smoke=True, quiet=True)
+    assert not capsys.readouterr().err, "quiet steps show progress"
     assert result.results["scores"]["rows"] == {"t": 1}
 
 

@@ -1,8 +1,10 @@
-"""The byte-level tokenizer of the embedded base."""
+"""The byte-level tokenizer of the embedded base, and others like it with merged letters."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,14 +37,20 @@ def byte_symbols() -> list[str]:
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
 
 
-def build_tokenizer(model_max_length: int = 512) -> PreTrainedTokenizerFast:
-    """Build a tokenizer whose first 256 ids are the byte values, followed by the special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def build_tokenizer(model_max_length: int = 512, merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
+    """Build a tokenizer whose first 256 ids are the byte values, followed by merged pairs and the special tokens.
+
+    Args:
+        model_max_length: most tokens of a text.
+        merges: pairs of letters, or of what was merged before, that become one token, as `learn_merges` finds them.
+    """
+    from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    symbols = [*byte_symbols(), *(first + second for first, second in merges)]
+    vocabulary = {symbol: token for token, symbol in enumerate(symbols)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    backend.pre_tokenizer = _splitter(words=bool(merges))
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     return PreTrainedTokenizerFast(
@@ -56,3 +64,27 @@ def build_tokenizer(model_max_length: int = 512) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
+    """Return the `count` pairs that byte-pair encoding merges in some texts, none across the borders of a word.
+
+    Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2015, arXiv:1508.07909.
+    """
+    from tokenizers import Tokenizer, models, trainers
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = _splitter(words=True)
+    trainer = trainers.BpeTrainer(vocab_size=256 + count, initial_alphabet=byte_symbols(), show_progress=False)
+    learner.train_from_iterator(texts, trainer)
+    return [(first, second) for first, second in json.loads(learner.to_str())["model"]["merges"]]
+
+
+def _splitter(*, words: bool) -> Any:
+    """Return what turns bytes into symbols, and where asked cuts the letters of words from all else."""
+    from tokenizers import Regex, pre_tokenizers
+
+    symbols = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if not words:
+        return symbols
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[A-Za-z]+"), "isolated"), symbols])

@@ -129,7 +129,7 @@ def run_recipe(
     steps = _order(loaded, folder)
     _check_specs(loaded, steps)
     _check_folders(steps, folder)
-    with board(quiet=quiet) as shown, _Runners(loaded, folder, shown) as run:
+    with board(quiet=quiet) as shown, _Runners(loaded, folder, shown, quiet) as run:
         results, seconds = _run_all(steps, folder, run, loaded.workers)
     rows = [[step.name, step.kind, seconds.get(step.name)] for step in steps]
     tables = [Table(("step", "job", "seconds"), rows, str(folder))]
@@ -297,8 +297,8 @@ def _recorded(step: _Step, folder: Path) -> dict[str, Any] | None:
 class _Runners:
     """Gives `run(step)`: in this process, or in one of several others that stay for all steps."""
 
-    def __init__(self, spec: RecipeSpec, folder: Path, shown: Board) -> None:
-        self.spec, self.folder, self.shown = spec, folder, shown
+    def __init__(self, spec: RecipeSpec, folder: Path, shown: Board, quiet: bool) -> None:
+        self.spec, self.folder, self.shown, self.quiet = spec, folder, shown, quiet
         self.idle: list[Worker] = []
         self.lock = threading.Lock()
 
@@ -311,7 +311,7 @@ class _Runners:
 
     def _here(self, step: _Step) -> dict[str, Any]:
         try:
-            return run_step(step.kind, step.spec, self.folder / step.name)
+            return run_step(step.kind, step.spec, self.folder / step.name, quiet=self.quiet)
         except SpecError as error:
             self._explain(step, error)
 

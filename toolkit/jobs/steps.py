@@ -28,6 +28,7 @@ KINDS = {
     "skills": Job("toolkit.jobs.skills:write_skills", "toolkit.jobs.skills:SkillsSpec"),
     "corpus": Job("toolkit.jobs.corpus:write_corpus", "toolkit.jobs.corpus:CorpusSpec"),
     "train": Job("toolkit.adapters.train:train", "toolkit.adapters.spec:TrainSpec"),
+    "transfer": Job("toolkit.adapters.transfer.trans_lora:transfer", "toolkit.adapters.transfer.spec:TransferSpec"),
     "merge": Job("toolkit.merge.run:merge", "toolkit.merge.spec:MergeSpec"),
     "moe": Job("toolkit.merge.moe.build:build_moe", "toolkit.merge.moe.spec:MoeSpec"),
     "search": Job("toolkit.jobs.search.run:search", "toolkit.jobs.search.spec:SearchSpec"),
@@ -40,7 +41,7 @@ KINDS = {
 """Every job by its name."""
 
 
-RESUMABLE = ("train", "merge", "search", "learn")
+RESUMABLE = ("train", "transfer", "merge", "search", "learn")
 """Jobs that go on from where a kill left them."""
 
 

@@ -28,7 +28,9 @@ class SyntheticSpec(Spec):
     Attributes:
         count: rows that are wanted.
         attempts: most candidates per wanted row.
-        shots: seeds that a candidate is made from.
+        start: what the model continues: a `list` of seeds, with another entry, as the paper does; or, where it is too
+            small to follow a list, the first words of one `seed`, as the message of a user.
+        shots: seeds of a list.
         max_prompt_tokens: of a candidate.
         max_answer_tokens: of the teacher's answer.
         temperature: of candidates; answers are greedy.
@@ -38,6 +40,7 @@ class SyntheticSpec(Spec):
 
     count: Annotated[int, Field(ge=1)] = 500
     attempts: Annotated[int, Field(ge=1)] = 20
+    start: Literal["list", "seed"] = "list"
     shots: Annotated[int, Field(ge=1)] = 5
     max_prompt_tokens: Annotated[int, Field(ge=1)] = 64
     max_answer_tokens: Annotated[int, Field(ge=1)] = 128

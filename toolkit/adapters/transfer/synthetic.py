@@ -1,7 +1,7 @@
 """Make prompts up from a few seeds, let a discriminator choose among them, and have a teacher answer them.
 
-A model continues a list of seeds by another entry. Batch n draws its seeds and its tokens from the spec's seed and n
-alone, so that a run that was stopped goes on to the same rows.
+A model continues a list of seeds by another entry, or the first words of one seed. Batch n draws its seeds and its
+tokens from the spec's seed and n alone, so that a run that was stopped goes on to the same rows.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from toolkit.progress import track
 MARK = "### Request\n"
 """What stands before each seed in the list that is continued."""
 
+_CUT = "\uffff"
+"""Stands in a rendered message where its text goes on; no text holds it."""
+
 QUESTION = "{}\n### Is this a real request of the task?"
 ANSWERS = (" yes", " no")
 
@@ -48,13 +51,32 @@ def candidates(loaded: LoadedModel, seeds: Sequence[str], spec: SyntheticSpec, b
         batch: its number.
     """
     rng = random.Random(f"{spec.seed}/{batch}")
-    shots = [rng.sample(list(seeds), min(spec.shots, len(seeds))) for _ in range(spec.batch_size)]
-    prompts = ["".join(f"{MARK}{text}\n\n" for text in chosen) + MARK for chosen in shots]
-    rows = [loaded.tokenizer.encode(prompt) for prompt in prompts]
+    rows, opened = zip(*(_begun(loaded.tokenizer, seeds, spec, rng) for _ in range(spec.batch_size)), strict=True)
     with torch.random.fork_rng():
         torch.manual_seed(rng.getrandbits(32))
         texts = continuations(loaded, rows, spec.max_prompt_tokens, temperature=spec.temperature)
-    return [text.split(MARK.strip())[0].strip() for text in texts]
+    return [(start + text).split(MARK.strip())[0].strip() for start, text in zip(opened, texts, strict=True)]
+
+
+def _begun(
+    tokenizer: Tokenizer, seeds: Sequence[str], spec: SyntheticSpec, rng: random.Random
+) -> tuple[list[int], str]:
+    """Return the tokens that one candidate continues, and what of the candidate itself is in them."""
+    if spec.start == "list":
+        chosen = rng.sample(list(seeds), min(spec.shots, len(seeds)))
+        return tokenizer.encode("".join(f"{MARK}{text}\n\n" for text in chosen) + MARK), ""
+    seed = rng.choice(list(seeds))
+    opening = seed[: rng.choice([0, *(i for i, letter in enumerate(seed) if letter == " ")])]
+    return _user_turn(tokenizer, opening), opening
+
+
+def _user_turn(tokenizer: Tokenizer, opening: str) -> list[int]:
+    """Return the tokens of a user's message up to where it goes on; of plain text where there is no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer.encode(opening or " ")
+    message = [{"role": "user", "content": opening + _CUT}]
+    text = str(tokenizer.apply_chat_template(message, tokenize=False))
+    return tokenizer.encode(text.partition(_CUT)[0], add_special_tokens=False)
 
 
 def gather(
