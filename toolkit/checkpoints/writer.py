@@ -160,6 +160,14 @@ def plan_shards(
     return {f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
 
 
+def index_of(shards: Mapping[str, Sequence[TensorInfo]]) -> str:
+    """Return the index of weights in several files: which tensor is in which."""
+    names = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
+    total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+    return json.dumps(index, indent=2) + "\n"
+
+
 class WeightsWriter:
     """Safetensors files of known layout, filled in any order by any thread.
 
@@ -170,7 +178,7 @@ class WeightsWriter:
     """
 
     def __init__(self, folder: Path, shards: Mapping[str, Sequence[TensorInfo]], *, resume: bool = False) -> None:
-        self.folder = folder
+        self.folder, self._shards = folder, shards
         self.placed: dict[str, TensorInfo] = {}
         self._files: dict[Path, int] = {}
         for name, tensors in shards.items():
@@ -210,12 +218,8 @@ class WeightsWriter:
 
     def write_index(self) -> None:
         """Write the index that more than one file needs."""
-        names = {name: info.file.name for name, info in self.placed.items() if info.file}
-        if len(set(names.values())) < 2:
-            return
-        total = sum(info.nbytes for info in self.placed.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-        write_text(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+        if len(self._shards) > 1:
+            write_text(self.folder / INDEX, index_of(self._shards))
 
 
 def write_weights(folder: Path, tensors: Sequence[TensorInfo], data: Mapping[str, Bytes], stem: str = "model") -> None:

@@ -25,6 +25,13 @@ def merge(
     verify: Annotated[
         Path | None, typer.Option(help="Compute a sample of a finished merge again, and compare.", show_default=False)
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Write the i-th of n shares, i/n, of the output's files, to OUT.part-i-of-n.", show_default=False
+        ),
+    ] = None,
+    join: Annotated[bool, typer.Option("--join", help="Check the shares beside OUT and put them together.")] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     workers: Annotated[
@@ -90,6 +97,8 @@ def merge(
         raise SpecError("name the spec: toolkit merge SPEC OUT")
     if not safe_serialization:
         raise SpecError("--no-safe-serialization: weights are written as safetensors alone")
+    if shard and join:
+        raise SpecError("--shard writes a share and --join puts all together; give one of them")
     if hashes not in ("sample", "full"):
         raise SpecError(f"--hashes {hashes!r} is neither sample nor full")
     if transformers_cache is not None:
@@ -108,6 +117,13 @@ def merge(
         return
     if out is None:
         raise SpecError("name the folder to write: toolkit merge SPEC OUT")
+    if join:
+        from toolkit.merge.parts import join as join_parts
+        from toolkit.merge.record import Companions
+
+        beside = Companions(hashes, write_model_card, copy_tokenizer)
+        show(join_parts(spec, out, overwrite=overwrite, beside=beside, **options), json)
+        return
     result = run(
         spec,
         out,
@@ -117,6 +133,7 @@ def merge(
         hashes=hashes,
         card=write_model_card,
         tokenizer=copy_tokenizer,
+        shard=shard,
         quiet=quiet,
         **options,
     )

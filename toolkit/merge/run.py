@@ -31,6 +31,7 @@ from toolkit.merge.device import find_device
 from toolkit.merge.finite import non_finite_inputs, non_finite_outputs
 from toolkit.merge.inputs import unnamed_base
 from toolkit.merge.job import Job
+from toolkit.merge.parts import Part
 from toolkit.merge.plan import Plan, make_plan
 from toolkit.merge.record import Companions, Hashes
 from toolkit.merge.spec import MergeSpec, OutputSpec
@@ -75,6 +76,7 @@ def merge(
     tokenizer: bool = True,
     allow_pickle: bool = False,
     device: str = "cpu",
+    shard: str | None = None,
     quiet: bool = False,
 ) -> MergeResult:
     """Merge models as a spec says and write the result.
@@ -97,6 +99,7 @@ def merge(
         tokenizer: copy the tokenizer's files.
         allow_pickle: also read pickled checkpoints, with `weights_only`.
         device: that computes: `cpu`; `cuda` or `cuda:N`, a GPU; or `auto`, a GPU where there is one.
+        shard: `i/n` writes the i-th of n shares of the output's files, to `OUT.part-i-of-n`; see `parts.join`.
         quiet: show no progress.
 
     Raises:
@@ -104,9 +107,12 @@ def merge(
         OutputError: `out` exists, or cannot be written.
         UnsupportedError: there is no such device.
     """
-    out = Path(out)
+    part = Part.parse(shard) if shard else None
+    out = part.folder(Path(out)) if part else Path(out)
     loaded = specs.load(spec, MergeSpec, overrides=overrides, smoke=smoke)
     check_free(out, overwrite=overwrite)
+    if part and loaded.output.type != "checkpoint":
+        raise loaded.error([Problem("output.type", f"{loaded.output.type} is small; leave out --shard")])
     if loaded.output.type != "checkpoint" and find_device(device):
         raise loaded.error([Problem("output.type", f"{loaded.output.type} is computed on the CPU; leave out --device")])
     beside = Companions(hashes, card, tokenizer)
@@ -119,7 +125,7 @@ def merge(
     plan = make_plan(loaded, allow_pickle=allow_pickle, shard_bytes=shard_bytes, device=device)
     try:
         workers = workers or (2 if plan.device else 1)
-        return _execute(plan, out, beside, resume=resume, workers=workers, quiet=quiet)
+        return _execute(plan, out, beside, part, resume=resume, workers=workers, quiet=quiet)
     finally:
         plan.inputs.close()
 
@@ -146,44 +152,66 @@ def _compress(
     return MergeResult(result.numbers, result.tables, out)
 
 
-def _execute(plan: Plan, out: Path, beside: Companions, *, resume: bool, workers: int, quiet: bool) -> MergeResult:
+def _execute(
+    plan: Plan, out: Path, beside: Companions, part: Part | None, *, resume: bool, workers: int, quiet: bool
+) -> MergeResult:
     started = time.perf_counter()
+    shards = part.shards(plan) if part else plan.shards
     with locked(staging_path(out)) as partial:
-        journal = Journal(partial / JOURNAL, plan.fingerprint())
+        journal = Journal(partial / JOURNAL, plan.fingerprint() + (f" {part}" if part else ""))
         done = journal.load() if resume else {}
         begun = resume and journal.path.is_file()
         if not begun:
             clear(partial)
         if not done:
-            check_space(out, plan.write_bytes)
+            check_space(out, sum(tensor.nbytes for tensors in shards.values() for tensor in tensors))
         journal.start(anew=not begun)
         statistics = collect(plan, partial, quiet=quiet)
-        writer = WeightsWriter(partial, plan.shards, resume=bool(done))
+        writer = WeightsWriter(partial, shards, resume=bool(done))
         try:
-            with track("merging", plan.read_bytes, unit="B", quiet=quiet) as progress:
-                done |= _run_jobs(_Worker(plan, writer, statistics), journal, done, workers, progress)
+            done |= _run_jobs(_Worker(plan, writer, statistics), journal, done, workers, quiet)
             writer.flush()
-            writer.write_index()
+            if part is None:
+                writer.write_index()
         finally:
             writer.close()
             journal.close()
-        bad = sorted(name for name, finite in done.items() if not finite)
-        outputs, inputs = non_finite_outputs(partial, bad), non_finite_inputs(plan, bad)
-        beside.write(plan, partial, outputs, inputs)
+        if part is not None:
+            part.note(plan, partial, done)
+            outputs, inputs = [], {}  # the join tells
+        else:
+            outputs, inputs = finish(plan, partial, beside, done)
         remove_statistics(partial)
         (partial / JOURNAL).unlink()
         commit(partial, out)
-    return _result(plan, out, outputs, inputs, time.perf_counter() - started)
+    return result_of(plan, out, outputs, inputs, time.perf_counter() - started, part)
+
+
+def finish(
+    plan: Plan, folder: Path, beside: Companions, finite: Mapping[str, bool]
+) -> tuple[Sequence[str], Mapping[str, Sequence[str]]]:
+    """Write what stands beside whole weights; return the output's and the inputs' tensors that hold NaN or infinity."""
+    bad = sorted(name for name, is_finite in finite.items() if not is_finite)
+    outputs, inputs = non_finite_outputs(folder, bad), non_finite_inputs(plan, bad)
+    beside.write(plan, folder, outputs, inputs)
+    return outputs, inputs
 
 
 def _run_jobs(
-    worker: _Worker, journal: Journal, done: dict[str, bool], workers: int, progress: Progress
+    worker: _Worker, journal: Journal, done: Mapping[str, bool], workers: int, quiet: bool
 ) -> dict[str, bool]:
     """Run what is not done yet; return for every tensor whether all that was met is finite."""
-    plan, writer = worker.plan, worker.writer
-    finite: dict[str, bool] = {}
-    jobs = [job for job in plan.jobs if job.tensor.name not in done]
-    progress.advance(plan.read_bytes - sum(job.read_bytes for job in jobs))
+    wanted = [job for job in worker.plan.jobs if job.tensor.name in worker.writer.placed]
+    with track("merging", sum(job.read_bytes for job in wanted), unit="B", quiet=quiet) as progress:
+        jobs = [job for job in wanted if job.tensor.name not in done]
+        progress.advance(sum(job.read_bytes for job in wanted) - sum(job.read_bytes for job in jobs))
+        return _run_all(worker, jobs, journal, workers, progress)
+
+
+def _run_all(
+    worker: _Worker, jobs: Sequence[Job], journal: Journal, workers: int, progress: Progress
+) -> dict[str, bool]:
+    writer, finite = worker.writer, dict[str, bool]()
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(worker.run, job): job for job in jobs}
         try:
@@ -305,16 +333,23 @@ class Journal:
             raise OutputError(f"{self.path}: {error.strerror}") from None
 
 
-def _result(
-    plan: Plan, out: Path, non_finite: Sequence[str], inputs: Mapping[str, Sequence[str]], seconds: float
+def result_of(
+    plan: Plan,
+    out: Path,
+    non_finite: Sequence[str],
+    inputs: Mapping[str, Sequence[str]],
+    seconds: float,
+    part: Part | None = None,
 ) -> MergeResult:
+    """Return what is told of a finished merge, or of a part of one."""
+    tensors = [t for shard in (part.shards(plan) if part else plan.shards).values() for t in shard]
     numbers = {
         "path": str(out),
         "method": plan.method.name,
         "donors": plan.donors,
-        "tensors": len(plan.jobs),
+        "tensors": len(tensors),
         "read_bytes": plan.read_bytes,
-        "write_bytes": plan.write_bytes,
+        "write_bytes": sum(tensor.nbytes for tensor in tensors),
         "seconds": round(seconds, 3),
         "non_finite": list(non_finite),
         "non_finite_inputs": dict(inputs),
@@ -323,8 +358,8 @@ def _result(
         ["method", plan.method.name],
         ["inputs", len(plan.inputs.models)],
         ["taken over", plan.donors_text],
-        ["tensors", len(plan.jobs)],
-        ["written", human_bytes(plan.write_bytes)],
+        ["tensors", len(tensors)],
+        ["written", human_bytes(numbers["write_bytes"])],
         ["seconds", f"{seconds:.2f}"],
     ]
     if non_finite:
