@@ -2,6 +2,8 @@
 #   make quickstart                    the whole story, in minutes
 #   make test                          the tests that take minutes; `make test-all` takes those that take longer, too
 #   make check                         formatting, lint, types
+#   make docs                          the documentation's site, into site/
+#   make dist                          a wheel and a source distribution, into dist/
 #   make soak SECONDS=1200             fifty clients of one server for a while; fails if anything is wrong or left over
 #   make quickstart TORCH_INDEX=URL    take torch from another package index
 
@@ -15,7 +17,7 @@ INSTALL := $(PYTHON) tools/install.py --venv $(VENV) $(if $(TORCH_INDEX),--torch
 # Two test processes of one thread each: several threads in several processes slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadscope
 
-.PHONY: quickstart install test test-all soak check format base clean
+.PHONY: quickstart install dev test test-all soak check format docs dist clean
 
 quickstart: install
 	$(RUN)/toolkit quickstart $(OUT)
@@ -44,5 +46,11 @@ format: dev
 	$(RUN)/ruff format
 	$(RUN)/ruff check --fix
 
+docs: dev
+	$(RUN)/mkdocs build --strict
+
+dist: dev
+	$(RUN)/python -m build --outdir dist
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache
