@@ -196,7 +196,7 @@ def test_table_of_merge_methods_is_what_their_files_say():
     assert text == module.written(text), "run python tools/methods_table.py"
 
 
-@pytest.mark.parametrize(("name", "tables"), [("tour", 8), ("route", 12)])
+@pytest.mark.parametrize(("name", "tables"), [("tour", 8), ("route", 12), ("merge", 6), ("train_serve", 7)])
 def test_notebook(name, tables, here, monkeypatch):
     monkeypatch.setenv("TOUR_STEPS", "2")
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
@@ -205,7 +205,7 @@ def test_notebook(name, tables, here, monkeypatch):
     shown = [o for c in notebook.cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
     assert len(shown) >= tables, "results print as tables"
     drawn = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert bool(drawn) == (name == "route")
+    assert bool(drawn) == (name != "tour")
 
 
 def test_notebook_uses_every_public_function():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import toolkit
+from toolkit.adapters import callbacks
 from toolkit.adapters.train import train
 from toolkit.checkpoints.adapters import open_adapter
 from toolkit.data.rows import write_rows
@@ -95,3 +99,11 @@ def test_few_bits_need_a_gpu_and_bitsandbytes(base, tmp_path):
         train(spec, tmp_path / "mine", quiet=True)
     with pytest.raises(SpecError, match="quantization needs an adapter on a pretrained base"):
         train(spec | {"adapter": {"method": "full"}}, tmp_path / "mine", quiet=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
+def test_peak_memory_is_that_of_this_process(monkeypatch):
+    """`getrusage` gives the parent's where that was larger, such as a notebook's that starts a training."""
+    monkeypatch.setattr(callbacks.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=1 << 40))
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    assert now <= callbacks.peak_memory() < 1 << 40

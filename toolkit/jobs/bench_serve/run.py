@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from toolkit import specs
 from toolkit.errors import UnsupportedError
@@ -17,6 +18,8 @@ from toolkit.jobs.bench_serve.spec import BenchSpec
 from toolkit.jobs.bench_serve.workload import Job, poisson_jobs, trace_jobs
 from toolkit.progress import track
 from toolkit.tables import Report
+
+_Result = TypeVar("_Result")
 
 if TYPE_CHECKING:
     import httpx
@@ -60,13 +63,23 @@ def bench_serve(
         from toolkit.jobs.plots import check_plot
 
         check_plot(Path(plot), overwrite=overwrite)
-    models, runs = asyncio.run(bench(loaded, quiet=quiet))
+    models, runs = _finished(bench(loaded, quiet=quiet))
     if plot is not None:
         from toolkit.jobs.bench_serve.plot import draw
         from toolkit.jobs.plots import save_figure
 
         save_figure(draw(runs), Path(plot))
     return report(loaded, models, runs)
+
+
+def _finished(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run a coroutine to its end: in a thread of its own where this one has a loop already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as own:
+        return own.submit(asyncio.run, work).result()
 
 
 async def bench(
