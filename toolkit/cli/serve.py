@@ -39,6 +39,14 @@ def serve(
         list[str],
         typer.Option(help="Folder that clients may load adapters from; may be given several times.", metavar="FOLDER"),
     ] = [],  # noqa: B006 - as above
+    adapter_folder: Annotated[
+        list[str],
+        typer.Option(
+            help="Folder whose own folders are adapters: all are served, those that come later too; may be given"
+            " several times.",
+            metavar="FOLDER",
+        ),
+    ] = [],  # noqa: B006 - as above
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="auto")] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the weights.", show_default="as stored")] = None,
     max_requests: Annotated[
@@ -55,6 +63,7 @@ def serve(
     options = without_none(router=router, host=host, port=port, device=device, dtype=dtype)
     options |= {"api_key": api_key} if api_key else {}
     options |= {"adapter_roots": adapter_root} if adapter_root else {}
+    options |= {"adapter_folders": adapter_folder} if adapter_folder else {}
     if adapter:
         options["adapters"] = named_paths(adapter, "--adapter")
     if token_router:

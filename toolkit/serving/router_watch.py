@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from concurrent.futures import CancelledError
 
 from toolkit.checkpoints.locate import locate
@@ -12,14 +11,15 @@ from toolkit.errors import CheckpointError, ToolkitError
 from toolkit.routing.router import CONFIG, WEIGHTS, Router, load_router
 from toolkit.serving.assemble import same_model
 from toolkit.serving.loop import EngineLoop
+from toolkit.serving.watching import Watch
 
 log = logging.getLogger("toolkit.serving")
 Stamp = tuple[tuple[int, int, int], ...] | None
 """Identity, time and size of each file; none while one is missing."""
 
 
-class RouterWatch:
-    """Compares the folder with what it was, in a thread of its own.
+class RouterWatch(Watch):
+    """Compares the folder with what it was.
 
     A router is read, and its embedding loaded, beside the engine; the engine only changes to it, between two steps.
     One that is broken, half written or over experts that are not served is refused: the log and the metrics say so,
@@ -31,34 +31,15 @@ class RouterWatch:
     """
 
     def __init__(self, loop: EngineLoop, seconds: float) -> None:
-        self.loop, self.seconds = loop, seconds
+        super().__init__("router", seconds)
+        self.loop = loop
         assert loop.engine.routing.source is not None
         self.folder = locate(loop.engine.routing.source)
         self._seen: Stamp = None  # so that the first look sees what came since the engine read it
         self._last: Stamp = None
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="router watch", daemon=True)
-
-    def start(self) -> None:
-        """Start looking."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop, after the look under way; before the engine stops, which answers it."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(self.seconds):
-            try:
-                self.look()
-            except CancelledError:
-                return
-            except Exception:
-                log.exception("looking after the router failed; the next look comes in %s seconds", self.seconds)
 
     def look(self) -> None:
-        """Take up what the folder holds, if it has changed and come to rest."""
+        """See `Watch`."""
         last, self._last = self._last, self._stamp()
         if self._last in (self._seen, None) or self._last != last:
             return

@@ -82,6 +82,8 @@ def _access(spec: ServeSpec) -> dict[str, Any]:
         "max_body": spec.limits.max_body,
         "requests_per_minute": spec.limits.requests_per_minute,
         "router_seconds": spec.router_seconds,
+        "adapter_folders": spec.adapter_folders,
+        "adapter_seconds": spec.adapter_seconds,
     }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
+from toolkit.serving.adapter_watch import AdapterWatch
 from toolkit.serving.engine import Engine
 from toolkit.serving.http.adapters import Adapters, adapter_routes
 from toolkit.serving.http.document import describe
@@ -28,6 +29,7 @@ from toolkit.serving.http.state import model_routes, state_routes
 from toolkit.serving.http.token_texts import TokenTexts
 from toolkit.serving.loop import EngineLoop
 from toolkit.serving.router_watch import watch_of
+from toolkit.serving.watching import Watch
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Access:
         max_body: bytes of a body.
         requests_per_minute: of one key; `None` for no bound.
         router_seconds: between two looks at the folder of the router, which is taken up when it changes; 0 never looks.
+        adapter_folders: whose own folders are adapters, which are served, those that come later too.
+        adapter_seconds: between two looks at these.
     """
 
     api_keys: Sequence[str] = ()
@@ -49,6 +53,8 @@ class Access:
     max_body: int = 16_000_000
     requests_per_minute: int | None = None
     router_seconds: float = 2.0
+    adapter_folders: Sequence[str | Path] = ()
+    adapter_seconds: float = 2.0
 
 
 def build_app(engine: Engine, access: Access | None = None) -> FastAPI:
@@ -56,15 +62,15 @@ def build_app(engine: Engine, access: Access | None = None) -> FastAPI:
     access = access or Access()
     loop = EngineLoop(engine)
     metrics = Metrics(engine)
-    watch = watch_of(loop, access.router_seconds)
+    watches = _watches(loop, access)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loop.start()
-        if watch:
+        for watch in watches:
             watch.start()
         yield
-        if watch:
+        for watch in watches:
             await asyncio.to_thread(watch.stop)
         await asyncio.to_thread(loop.stop)
 
@@ -87,3 +93,12 @@ def build_app(engine: Engine, access: Access | None = None) -> FastAPI:
     app.include_router(state_routes(loop, queue, metrics))
     describe(app, keyed=bool(access.api_keys))
     return app
+
+
+def _watches(loop: EngineLoop, access: Access) -> list[Watch]:
+    """Return what looks after the router's folder, and after those of adapters."""
+    found: list[Watch] = []
+    if access.adapter_folders:
+        found.append(AdapterWatch(loop, access.adapter_folders, access.adapter_seconds))
+    router = watch_of(loop, access.router_seconds)
+    return [*found, router] if router else found

@@ -86,6 +86,9 @@ class ServeSpec(Spec):
         port: to listen on; 0 takes a free one.
         api_key: one or several, one of which requests must carry; without any, whoever reaches the port is served.
         adapter_roots: folders that clients may load adapters from while the server runs; none allows no loading.
+        adapter_folders: folders whose own folders are adapters; all are served under their names, those that come later
+            too, and what goes from there is forgotten.
+        adapter_seconds: between two looks at these.
         drain_seconds: how long requests under way may take to finish when the server is told to stop.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: of the weights.
@@ -102,6 +105,8 @@ class ServeSpec(Spec):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_key: Keys = Field(default_factory=list)
     adapter_roots: list[Folder] = Field(default_factory=list)
+    adapter_folders: list[Folder] = Field(default_factory=list)
+    adapter_seconds: Annotated[float, Field(gt=0)] = 2.0
     drain_seconds: Annotated[int, Field(ge=0)] = 30
     device: str = "auto"
     dtype: str | None = None
