@@ -109,6 +109,11 @@ def _clashes(spec: TrainSpec, parts: Parts) -> Iterator[Problem]:
             yield Problem(
                 f"training.methods[{index}]", f"{both} both set the {hook.replace('_', ' ')}; take one of them"
             )
+    own = next((method for method in parts.methods if method.computes_gradients), None)
+    for index, method in enumerate(parts.methods):
+        if own is not None and method is not own and any(_overrides(method, hook) for hook in ("step", "loss")):
+            both = f"{spec.training.methods[index].method} changes a loss"
+            yield Problem(f"training.methods[{index}]", f"{both} that {own.name} computes by itself; take one of them")
     for hook, key in (("rate", "lr_scheduler"), ("optimizer", "optimizer")):
         if parts.filling(hook) is not None and key in spec.training.model_fields_set:
             yield Problem(f"training.{key}", "training.methods sets it already; leave one out")

@@ -16,10 +16,11 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from toolkit.errors import UnsupportedError
+from toolkit.models.logits import keeps_logits
 from toolkit.serving.attention import NAME
 from toolkit.serving.loading import set_attention
 from toolkit.serving.memory import Heads, Memory
-from toolkit.serving.passes import Part, allowed, distance, keeps_logits, paged_logits
+from toolkit.serving.passes import Part, allowed, distance, paged_logits
 from toolkit.serving.request import Request
 
 TRIED, PAGE = 19, 4

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
 
 from toolkit.kernels.impl import Impl
 from toolkit.kernels.paging import PagedBatch
+from toolkit.models.logits import keeps_logits
 from toolkit.serving.attention import PagedStep
 from toolkit.serving.memory import Memory
 
@@ -34,16 +32,6 @@ class Part:
     tokens: Sequence[int]
     start: int
     pages: Sequence[int]
-
-
-def keeps_logits(model: nn.Module) -> bool:
-    """Tell whether a model can leave out logits that nobody asks for."""
-    return _keeps_logits(type(model))
-
-
-@cache
-def _keeps_logits(kind: type[nn.Module]) -> bool:
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
 def paged_logits(

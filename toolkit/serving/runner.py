@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from toolkit.errors import UnsupportedError
 from toolkit.kernels.impl import Impl
 from toolkit.kernels.paging import store
+from toolkit.models.logits import keeps_logits
 from toolkit.serving.adapters.pool import AdapterPool
 from toolkit.serving.attention import NAME
 from toolkit.serving.graphs import DecodeGraphs
@@ -21,7 +22,7 @@ from toolkit.serving.memory import Memory
 from toolkit.serving.observe import observing
 from toolkit.serving.own_pass import OwnPass
 from toolkit.serving.pages import Block
-from toolkit.serving.passes import Part, allowed, distance, keeps_logits, paged_logits, slots
+from toolkit.serving.passes import Part, allowed, distance, paged_logits, slots
 from toolkit.serving.request import Request
 from toolkit.serving.scheduler import Work
 

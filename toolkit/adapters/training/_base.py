@@ -54,6 +54,7 @@ class TrainingMethod:
     Attributes:
         needs_tasks: rows of different tasks are told apart: batches hold `task_ids` `[B]`, and packed rows one task.
         in_sequence: tasks are trained one after another.
+        computes_gradients: its `step` does not go on to the loss, so no other method can have a part in it.
     """
 
     class Params(Spec):
@@ -61,15 +62,20 @@ class TrainingMethod:
 
     needs_tasks: ClassVar[bool] = False
     in_sequence: ClassVar[bool] = False
+    computes_gradients: ClassVar[bool] = False
 
     def __init__(self, params: Any, spec: TrainSpec) -> None:
         self.params, self.spec = params, spec
 
     @property
+    def name(self) -> str:
+        """What specs call it."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
     def where(self) -> str:
         """Its own place in the spec, for faults."""
-        name = type(self).__module__.rpartition(".")[2]
-        place = next(i for i, chosen in enumerate(self.spec.training.methods) if chosen.method == name)
+        place = next(i for i, chosen in enumerate(self.spec.training.methods) if chosen.method == self.name)
         return f"training.methods[{place}]"
 
     def faults(self) -> Iterator[Problem]:
