@@ -11,7 +11,10 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, model_
 from toolkit.adapters.catalogue import FULL
 from toolkit.specs import Folder, FolderOrObject, Spec
 
-Base = Annotated[FolderOrObject, PlainSerializer(lambda b: str(b) if isinstance(b, str | Path) else type(b).__name__)]
+Base = Annotated[
+    FolderOrObject,
+    PlainSerializer(lambda b: str(b) if isinstance(b, str | Path) else getattr(b, "source", type(b).__name__)),
+]
 """A folder, a hub id, `toolkit:base`, or a pair `(model, tokenizer)` in memory."""
 
 

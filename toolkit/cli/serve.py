@@ -47,6 +47,14 @@ def serve(
             metavar="FOLDER",
         ),
     ] = [],  # noqa: B006 - as above
+    fine_tuning: Annotated[
+        str | None,
+        typer.Option(
+            help="Train LoRAs beside requests, as /v1/fine_tuning/jobs asks for; folder of their files.",
+            metavar="FOLDER",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="auto")] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the weights.", show_default="as stored")] = None,
     max_requests: Annotated[
@@ -64,6 +72,7 @@ def serve(
     options |= {"api_key": api_key} if api_key else {}
     options |= {"adapter_roots": adapter_root} if adapter_root else {}
     options |= {"adapter_folders": adapter_folder} if adapter_folder else {}
+    options |= {"fine_tuning": {"folder": fine_tuning}} if fine_tuning else {}
     if adapter:
         options["adapters"] = named_paths(adapter, "--adapter")
     if token_router:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -24,6 +25,7 @@ from toolkit.serving.adapters.open import open_source
 from toolkit.serving.adapters.pool import AdapterInfo
 from toolkit.serving.assemble import add_token_routers, assemble, longest, served_router
 from toolkit.serving.attention import NAME
+from toolkit.serving.finetuning.turns import Turns
 from toolkit.serving.guided import Guides
 from toolkit.serving.loading import load, set_attention
 from toolkit.serving.logprobs import answer_logprobs
@@ -105,6 +107,7 @@ class Engine:
         self.guides = Guides(self.tokenizer, self.num_logits, self._end_tokens)
         self.sampler = Sampler(self.guides)
         self.routing = Routing()
+        self.turns = Turns(settle=partial(_settle, self.model.device))
         self._tickets: dict[Request, Ticket] = {}
         self._unrouted: list[Ticket] = []
         self._ids = itertools.count(1)
@@ -276,18 +279,32 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is queued or running."""
+        """Whether a request is queued or running, or a run of fine-tuning is under way."""
+        return self._has_requests or self.turns.is_open
+
+    @property
+    def _has_requests(self) -> bool:
         return bool(self._unrouted) or self.scheduler.has_work
 
     def step(self) -> bool:
-        """Route what waits for it, compute one batch and add one token to every answer that is due."""
+        """Route what waits for it, compute one batch and add one token to every answer that is due; what that leaves of
+        the step goes to fine-tuning."""
+        started = time.perf_counter()
+        tokens = self._serve()
+        if not tokens and self._has_requests:
+            self.adapters.loader.wait(LOAD_SECONDS)
+        left = self.scheduler.max_batch_tokens - tokens
+        self.turns.give(left, time.perf_counter() - started, idle=not self._has_requests)
+        return self.has_work
+
+    def _serve(self) -> int:
+        """Compute what requests need; return its tokens."""
         self._expire()
         self._route()
         work = self.scheduler.schedule()
         self._fail_unreadable()
         if not work:
-            self.adapters.loader.wait(LOAD_SECONDS)
-            return self.has_work
+            return 0
         complete, logits = self.runner.run(work)
         self.scheduler.computed(work)
         requests = [w.request for w in complete]
@@ -305,7 +322,7 @@ class Engine:
                 self._end(ticket, "length")  # its prompt was all that was asked for
             else:
                 self._advance(ticket, token, score)
-        return self.has_work
+        return sum(w.count for w in work)
 
     def _expire(self) -> None:
         """End the requests whose time is over."""
@@ -509,3 +526,9 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _settle(device: torch.device) -> None:
+    """Wait until a device has done what it was asked for."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

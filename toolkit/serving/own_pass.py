@@ -43,7 +43,7 @@ class OwnPass:
     _caches: WeakKeyDictionary[Request, tuple[Any, int]] = field(default_factory=WeakKeyDictionary, repr=False)
 
     def __post_init__(self) -> None:
-        set_attention(self.model, NAME if self.is_paged else _ordinary(self.model))
+        set_attention(self.model, NAME if self.is_paged else ordinary_attention(self.model))
 
     def logits(self, request: Request, count: int, keep: Sequence[int]) -> torch.Tensor:
         """Run the next tokens of a request that runs by itself.
@@ -66,7 +66,7 @@ class OwnPass:
         return logits
 
 
-def _ordinary(model: PreTrainedModel) -> str:
+def ordinary_attention(model: PreTrainedModel) -> str:
     """Return the attention of transformers that computes what a model asks for."""
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     return "eager" if capped is not None else "sdpa"
@@ -99,11 +99,11 @@ def is_paged(model: PreTrainedModel, heads: Mapping[int, Heads]) -> bool:
     most = allowed(model.dtype)
     try:
         with torch.inference_mode():
-            set_attention(model, _ordinary(model))
+            set_attention(model, ordinary_attention(model))
             plain = torch.cat([_cached(model, text, None, [TRIED - 2, TRIED - 1]) for text in texts])
             if _distance_paged(model, heads, texts, plain) <= most:
                 return True
-            set_attention(model, _ordinary(model))
+            set_attention(model, ordinary_attention(model))
             off = distance(torch.cat([_in_steps(model, text) for text in texts]), plain)
     except Exception as error:  # whatever a method's own code raises
         raise UnsupportedError(" ".join(str(error).split())[:200]) from error

@@ -84,6 +84,7 @@ def _access(spec: ServeSpec) -> dict[str, Any]:
         "router_seconds": spec.router_seconds,
         "adapter_folders": spec.adapter_folders,
         "adapter_seconds": spec.adapter_seconds,
+        "fine_tuning": spec.fine_tuning,
     }
 
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -18,6 +19,8 @@ from toolkit.serving.http.adapters import Adapters, adapter_routes
 from toolkit.serving.http.document import describe
 from toolkit.serving.http.embeddings import embedding_routes
 from toolkit.serving.http.errors import add_error_handlers
+from toolkit.serving.http.files import file_routes
+from toolkit.serving.http.fine_tuning import fine_tuning_routes
 from toolkit.serving.http.generate import generate_routes
 from toolkit.serving.http.limits import Queue
 from toolkit.serving.http.metrics import Metrics
@@ -29,7 +32,11 @@ from toolkit.serving.http.state import model_routes, state_routes
 from toolkit.serving.http.token_texts import TokenTexts
 from toolkit.serving.loop import EngineLoop
 from toolkit.serving.router_watch import watch_of
+from toolkit.serving.spec import FineTuning
 from toolkit.serving.watching import Watch
+
+if TYPE_CHECKING:
+    from toolkit.serving.finetuning.jobs import Jobs
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Access:
         router_seconds: between two looks at the folder of the router, which is taken up when it changes; 0 never looks.
         adapter_folders: whose own folders are adapters, which are served, those that come later too.
         adapter_seconds: between two looks at these.
+        fine_tuning: where LoRAs are trained beside requests, and how; `None` where none are.
     """
 
     api_keys: Sequence[str] = ()
@@ -55,6 +63,7 @@ class Access:
     router_seconds: float = 2.0
     adapter_folders: Sequence[str | Path] = ()
     adapter_seconds: float = 2.0
+    fine_tuning: FineTuning | None = None
 
 
 def build_app(engine: Engine, access: Access | None = None) -> FastAPI:
@@ -63,13 +72,18 @@ def build_app(engine: Engine, access: Access | None = None) -> FastAPI:
     loop = EngineLoop(engine)
     metrics = Metrics(engine)
     watches = _watches(loop, access)
+    jobs = _jobs(loop, access.fine_tuning) if access.fine_tuning else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loop.start()
         for watch in watches:
             watch.start()
+        if jobs:
+            await asyncio.to_thread(jobs.start)
         yield
+        if jobs:
+            await asyncio.to_thread(jobs.stop)
         for watch in watches:
             await asyncio.to_thread(watch.stop)
         await asyncio.to_thread(loop.stop)
@@ -87,12 +101,23 @@ def build_app(engine: Engine, access: Access | None = None) -> FastAPI:
     texts = TokenTexts(copy.deepcopy(engine.tokenizer))
     app.include_router(generate_routes(loop, queue, texts))
     app.include_router(embedding_routes(loop, queue))
-    app.include_router(adapter_routes(Adapters(loop, Roots(access.adapter_roots))))
+    roots = [*access.adapter_roots, *([jobs.adapters] if jobs else [])]  # what was trained here can be read anew
+    app.include_router(adapter_routes(Adapters(loop, Roots(roots))))
+    if jobs:
+        app.include_router(file_routes(jobs.files))
+        app.include_router(fine_tuning_routes(jobs))
     app.include_router(model_routes(engine))
     app.include_router(router_routes(engine))
     app.include_router(state_routes(loop, queue, metrics))
     describe(app, keyed=bool(access.api_keys))
     return app
+
+
+def _jobs(loop: EngineLoop, settings: FineTuning) -> Jobs:
+    # What trains is imported before the engine runs, which it would hold up for seconds, and by no other server.
+    from toolkit.serving.finetuning.jobs import Jobs
+
+    return Jobs(loop, settings)
 
 
 def _watches(loop: EngineLoop, access: Access) -> list[Watch]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from toolkit.adapters.spec import AdapterSpec, TrainingSpec
 from toolkit.routing.token.spec import ServedTokenRouter
 from toolkit.specs import Folder, Size, Spec
 
@@ -71,6 +72,37 @@ class Limits(Spec):
         return max(1, wanted // self.page_size) if self.cache_tokens else max(per_request, wanted // self.page_size)
 
 
+_LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+class FineTuning(Spec):
+    """Fine-tuning beside requests.
+
+    Attributes:
+        folder: of the files that clients send, the jobs, and the adapters that come of them.
+        step_seconds: how long a step of the engine may last with a part of the training in it.
+        adapter: what is trained: a LoRA.
+        training: how, as far as a job does not say otherwise.
+    """
+
+    folder: Folder
+    step_seconds: Annotated[float, Field(gt=0)] = 0.1
+    adapter: AdapterSpec = AdapterSpec.model_validate({"method": "lora", **_LORA})
+    training: TrainingSpec = TrainingSpec(num_epochs=3, lr_scheduler="cosine", warmup_steps=0.05)
+
+    @model_validator(mode="after")
+    def _adapter_alone(self) -> FineTuning:
+        """Refuse what would change the weights that are served."""
+        fields = self.adapter.fields
+        if self.adapter.method != "lora":
+            raise ValueError(f"adapter.method: a LoRA is trained beside requests, no {self.adapter.method}")
+        if fields.get("bias", "none") != "none":
+            raise ValueError("adapter.bias: the base's own biases are served; leave it out")
+        if fields.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+            raise ValueError("adapter.init_lora_weights: it changes the base's weights, which are served; leave it out")
+        return self
+
+
 class ServeSpec(Spec):
     """A server.
 
@@ -89,6 +121,7 @@ class ServeSpec(Spec):
         adapter_folders: folders whose own folders are adapters; all are served under their names, those that come later
             too, and what goes from there is forgotten.
         adapter_seconds: between two looks at these.
+        fine_tuning: where LoRAs are trained beside requests, and how; by default none are.
         drain_seconds: how long requests under way may take to finish when the server is told to stop.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: of the weights.
@@ -107,6 +140,7 @@ class ServeSpec(Spec):
     adapter_roots: list[Folder] = Field(default_factory=list)
     adapter_folders: list[Folder] = Field(default_factory=list)
     adapter_seconds: Annotated[float, Field(gt=0)] = 2.0
+    fine_tuning: FineTuning | None = None
     drain_seconds: Annotated[int, Field(ge=0)] = 30
     device: str = "auto"
     dtype: str | None = None

@@ -9,9 +9,10 @@ from toolkit.serving.engine import Engine
 from toolkit.serving.http.adapters import AdapterBody, LoadBody
 from toolkit.serving.http.bodies import ChatBody, CompletionBody
 from toolkit.serving.http.embeddings import EmbeddingBody
+from toolkit.serving.http.fine_tuning import JobBody
 from toolkit.serving.http.metrics import Metrics
-from toolkit.serving.server import build_app
-from toolkit.serving.spec import Limits, ServeSpec
+from toolkit.serving.server import Access, build_app
+from toolkit.serving.spec import FineTuning, Limits, ServeSpec
 
 TEXT = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
 
@@ -37,6 +38,20 @@ def test_endpoints(base):
         schema = build_app(engine).openapi()
     served = {f"{method.upper()} {path}" for path, item in schema["paths"].items() for method in item}
     assert named("Endpoints") == served
+
+
+def test_endpoints_of_fine_tuning(base, tmp_path):
+    with Engine(str(base)) as engine:
+        plain = build_app(engine).openapi()["paths"]
+        settings = FineTuning(folder=str(tmp_path))
+        schema = build_app(engine, Access(fine_tuning=settings)).openapi()
+    served = {
+        f"{method.upper()} {path}" for path, item in schema["paths"].items() for method in item if path not in plain
+    }
+    assert named("Fine-tuning beside requests") == served
+    fields = set(JobBody.model_fields) - {"integrations"}
+    assert all(f"`{name}`" in TEXT.split("## Fine-tuning beside requests")[1].split("\n## ")[0] for name in fields)
+    assert set(FineTuning.model_fields) == {"folder", "step_seconds", "adapter", "training"}
 
 
 def test_options():

@@ -300,6 +300,130 @@ class DeletedAdapter(ResponseBody):
     deleted: Literal[True]
 
 
+class FileEntry(ResponseBody):
+    """A file that a client sent."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: Literal["fine-tune"]
+    status: Literal["processed"]
+
+
+class FileList(ResponseBody):
+    """A page of the files, the newest first."""
+
+    object: Literal["list"]
+    data: list[FileEntry]
+    has_more: bool
+
+
+class DeletedFile(ResponseBody):
+    """A file that is no longer there."""
+
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
+
+
+class JobHyperparameters(ResponseBody):
+    """What a job chose; `auto` is the server's choice."""
+
+    n_epochs: int | Literal["auto"]
+    batch_size: int | Literal["auto"]
+    learning_rate_multiplier: float | Literal["auto"]
+
+
+class SupervisedMethod(ResponseBody):
+    """Of the method of this name."""
+
+    hyperparameters: JobHyperparameters
+
+
+class JobMethod(ResponseBody):
+    """How a job trains."""
+
+    type: Literal["supervised"]
+    supervised: SupervisedMethod
+
+
+class JobError(ResponseBody):
+    """Why a job failed."""
+
+    code: Literal["training_failed"]
+    message: str
+    param: None
+
+
+class FineTuningJob(ResponseBody):
+    """A job of fine-tuning; its model is served once it has succeeded."""
+
+    id: str
+    object: Literal["fine_tuning.job"]
+    created_at: int
+    error: JobError | None
+    fine_tuned_model: str | None
+    finished_at: int | None
+    hyperparameters: JobHyperparameters
+    method: JobMethod
+    model: str
+    organization_id: Literal[""]
+    result_files: list[str]
+    seed: int
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    trained_tokens: int | None
+    training_file: str
+    validation_file: str | None
+    metadata: dict[str, str]
+    integrations: list[str]
+
+
+class FineTuningJobs(ResponseBody):
+    """A page of the jobs, the newest first."""
+
+    object: Literal["list"]
+    data: list[FineTuningJob]
+    has_more: bool
+
+
+class JobMetrics(ResponseBody):
+    """Losses at a step."""
+
+    step: int
+    train_loss: float | SkipJsonSchema[None] = None
+    valid_loss: float | SkipJsonSchema[None] = None
+
+
+class FineTuningEvent(ResponseBody):
+    """What happened to a job."""
+
+    id: str
+    object: Literal["fine_tuning.job.event"]
+    created_at: int
+    level: Literal["info", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: JobMetrics | None
+
+
+class FineTuningEvents(ResponseBody):
+    """A page of the events of a job, the latest first."""
+
+    object: Literal["list"]
+    data: list[FineTuningEvent]
+    has_more: bool
+
+
+class FineTuningCheckpoints(ResponseBody):
+    """No page of checkpoints: only finished adapters are served."""
+
+    object: Literal["list"]
+    data: list[str]
+    has_more: Literal[False]
+
+
 class Health(ResponseBody):
     """The engine runs."""
 
@@ -325,7 +449,7 @@ _REASONS = {
     400: "The request is wrong, or cannot be answered.",
     401: "No API key, or a wrong one.",
     403: "The path is outside of the folders that adapters may come from.",
-    404: "There is no such model, adapter or folder.",
+    404: "There is no such thing.",
     409: "The adapter is in use.",
     413: "The body is larger than the server takes.",
     429: "The queue is full, or requests come too fast.",

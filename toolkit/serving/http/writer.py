@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from fastapi import Query
 
 from toolkit.routing.router import Choice
+from toolkit.serving.http.errors import ApiError
 from toolkit.serving.http.tools import Call
 from toolkit.serving.request import FinishReason
+
+Limit = Annotated[int, Query(ge=1, le=10000)]
+"""How many entries of a list a page has."""
 
 
 class Writer:
@@ -124,6 +130,19 @@ def usage(prompt_tokens: int, tokens: int) -> dict[str, int]:
 def model_list(names: Sequence[str], created: int) -> dict[str, Any]:
     """Return the body of `/v1/models`."""
     return {"object": "list", "data": [model_entry(name, created) for name in names]}
+
+
+def page_of(entries: Sequence[Mapping[str, Any]], after: str | None, limit: int) -> dict[str, Any]:
+    """Return a page of a list of things with ids: at most `limit` after the one with an id.
+
+    Raises:
+        ApiError: there is none with this id.
+    """
+    ids = [entry["id"] for entry in entries]
+    if after is not None and after not in ids:
+        raise ApiError(400, f"after: there is no {after!r} in the list")
+    start = ids.index(after) + 1 if after is not None else 0
+    return {"object": "list", "data": entries[start : start + limit], "has_more": len(entries) > start + limit}
 
 
 def model_entry(name: str, created: int) -> dict[str, Any]:
