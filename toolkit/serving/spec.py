@@ -86,7 +86,7 @@ class FineTuning(Spec):
     """
 
     folder: Folder
-    step_seconds: Annotated[float, Field(gt=0)] = 0.1
+    step_seconds: Annotated[float, Field(gt=0)] = 0.05
     adapter: AdapterSpec = AdapterSpec.model_validate({"method": "lora", **_LORA})
     training: TrainingSpec = TrainingSpec(num_epochs=3, lr_scheduler="cosine", warmup_steps=0.05)
 

@@ -69,7 +69,7 @@ class Turns:
 
     def __init__(
         self,
-        step_seconds: float = 0.1,
+        step_seconds: float = 0.05,
         settle: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
