@@ -55,6 +55,9 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Serve by replicas on Ray Serve, as the spec's ray block says.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="auto")] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the weights.", show_default="as stored")] = None,
     max_requests: Annotated[
@@ -80,4 +83,4 @@ def serve(
     if max_requests:
         options["limits"] = {"max_requests": max_requests}
     spec = model if is_spec(model) else {"model": model}
-    run(spec, overrides=with_trust(set_, trust_remote_code), options=options, smoke=smoke, quiet=quiet)
+    run(spec, overrides=with_trust(set_, trust_remote_code), options=options, smoke=smoke, ray=ray, quiet=quiet)

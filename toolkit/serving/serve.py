@@ -27,6 +27,7 @@ def serve(
     overrides: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     smoke: bool = False,
+    ray: bool = False,
     quiet: bool = False,
 ) -> None:
     """Serve what a spec describes over HTTP until the process is told to stop.
@@ -36,6 +37,7 @@ def serve(
         overrides: `key.path=value` changes to the spec.
         options: values that take precedence over the spec's own.
         smoke: apply the spec's own `smoke:` block.
+        ray: by replicas on Ray Serve, also where the spec has no `ray:` block.
         quiet: do not print what is served.
 
     Raises:
@@ -43,14 +45,19 @@ def serve(
         OutputError: the port is taken.
     """
     loaded = specs.load(spec, ServeSpec, overrides=overrides, options=options, smoke=smoke)
+    if ray or loaded.ray is not None:
+        from toolkit.serving.replicas.ray_serve import serve_replicas
+
+        serve_replicas(loaded, quiet=quiet)
+        return
     listener = _listen(loaded.host, loaded.port)
     try:
         with open_engine(loaded) as engine:
             if not quiet:
                 _announce(engine, loaded, listener)
-            _log_lines(quiet)
+            log_lines(quiet)
             options = {"log_config": None, "timeout_graceful_shutdown": loaded.drain_seconds}
-            _server(engine, _access(loaded), **options).run(sockets=[listener])
+            _server(engine, access_of(loaded), **options).run(sockets=[listener])
     finally:
         listener.close()
 
@@ -74,7 +81,8 @@ def open_engine(spec: ServeSpec) -> Engine:
         raise spec.error(error.problems) from None
 
 
-def _access(spec: ServeSpec) -> dict[str, Any]:
+def access_of(spec: ServeSpec) -> dict[str, Any]:
+    """Return who may ask a server of a spec for what, as `serving.server.Access` has it."""
     return {
         "api_keys": spec.api_key,
         "adapter_roots": spec.adapter_roots,
@@ -88,7 +96,7 @@ def _access(spec: ServeSpec) -> dict[str, Any]:
     }
 
 
-def _log_lines(quiet: bool) -> None:
+def log_lines(quiet: bool) -> None:
     """Write the log to standard error, one JSON object a line; quietly, only what went wrong."""
     from toolkit.serving.http.records import JsonLines
 
@@ -152,6 +160,12 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise OutputError(f"cannot listen on {_address(host, port)} ({error.strerror})") from None
     return listener
+
+
+def free_port(host: str) -> int:
+    """Return a port that nobody listens on just now."""
+    with contextlib.closing(_listen(host, 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def _address(host: str, port: int) -> str:

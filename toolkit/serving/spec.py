@@ -103,6 +103,41 @@ class FineTuning(Spec):
         return self
 
 
+class RayServe(Spec):
+    """Replicas on Ray Serve.
+
+    Attributes:
+        min_replicas: that always run.
+        max_replicas: that run when there is enough to do.
+        ongoing_requests: of each replica, beyond which Ray adds one; by default half of `limits.max_requests`.
+        cpus: of a replica.
+        gpus: of a replica; by default one where there are any.
+        address: of a cluster, or `auto` for the one of this machine; by default one is started here.
+    """
+
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    max_replicas: Annotated[int, Field(ge=1)] = 2
+    ongoing_requests: Annotated[float, Field(gt=0)] | None = None
+    cpus: Annotated[float, Field(gt=0)] = 1
+    gpus: Annotated[float, Field(ge=0)] | None = None
+    address: str | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RayServe:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas is below min_replicas")
+        return self
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs of a replica."""
+        if self.gpus is not None:
+            return self.gpus
+        import torch
+
+        return 1.0 if torch.cuda.is_available() else 0.0
+
+
 class ServeSpec(Spec):
     """A server.
 
@@ -122,6 +157,7 @@ class ServeSpec(Spec):
             too, and what goes from there is forgotten.
         adapter_seconds: between two looks at these.
         fine_tuning: where LoRAs are trained beside requests, and how; by default none are.
+        ray: replicas on Ray Serve behind one address, instead of one server.
         drain_seconds: how long requests under way may take to finish when the server is told to stop.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: of the weights.
@@ -141,6 +177,7 @@ class ServeSpec(Spec):
     adapter_folders: list[Folder] = Field(default_factory=list)
     adapter_seconds: Annotated[float, Field(gt=0)] = 2.0
     fine_tuning: FineTuning | None = None
+    ray: RayServe | None = None
     drain_seconds: Annotated[int, Field(ge=0)] = 30
     device: str = "auto"
     dtype: str | None = None

@@ -1,0 +1,1 @@
+"""Several servers of one spec behind one address, on one machine or many."""
