@@ -1,5 +1,7 @@
 """MHR-z: a new task out of a trained POLY adapter, by its routing alone; the factors stay as they are.
 
+Of a head `h`, `A_h = sum_s w_hs A_hs` and `B_h = sum_s w_hs B_hs` with `w_hs = sigmoid(z_hs) / sum_t sigmoid(z_ht)`.
+
 Every module keeps the POLY's inventory of factors, cut into heads, and trains one number per head and skill. Their
 sigmoids, divided by their sum in each head, mix the A's and the B's, each apart; so what is trained is a LoRA, and
 folds into one. It starts from a task that the POLY was trained on, or from all skills alike.

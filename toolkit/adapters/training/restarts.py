@@ -1,5 +1,7 @@
 """Cosine annealing with warm restarts (1608.03983), each begun by a warm-up of its own.
 
+Within cycle `c`, at the share `u` of its way after the warm-up: `peak^c * (floor + (1 - floor) * (1 + cos(pi u)) / 2)`.
+
 Re-warming is what goes on from a finished training needs: the loss rises at first, then falls below where it was.
 """
 

@@ -1,5 +1,7 @@
 """LoraHub: a few weights for LoRAs of other tasks, found without gradients from a few examples of a new one.
 
+`theta_0 + sum_i c_i d_i` with the `c` that make `loss(c) + penalty * mean_i |c_i|` least.
+
 The objective is the mean loss on the examples, with `penalty` times the mean absolute weight. Candidates are found by
 CMA-ES between -1.5 and 1.5. The authors add up the factors A and the factors B of equally shaped LoRAs, which mixes
 A of one with B of another; here their changes are added, so that ranks may differ and full fine-tunes take part.

@@ -1,5 +1,7 @@
 """A model for given preferences between tasks, with no training: the average of their models by these weights.
 
+`sum_i p_i theta_i` for preferences `p` that add up to 1.
+
 After IBCL, which keeps a distribution of parameters per task and takes, for a preference, their mixture. The mixture's
 mean is the weighted average of the means, which is what is written. A mixture is not that one average model, though:
 it has a spread, of every task's own distribution (`sigma`, a standard deviation of each weight; 0 where a task is one

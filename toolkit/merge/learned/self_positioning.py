@@ -1,5 +1,7 @@
 """Self Positioning: find the best point between fine-tunes by stochastic gradient descent on a small probe set.
 
+`theta_0 + s * sum_i a_i d_i` with `a` on the simplex, and `a` and `s` trained.
+
 The task vectors' weights lie on the simplex, one per model, and are multiplied with an overall scale; both are
 trained on a balanced probe set of every task, by default with the contrastive loss of embedding models. The abstract
 does not say how the space is parameterised nor what regulariser it has: `scale: null` fixes the scale at 1 and so

@@ -1,5 +1,8 @@
 """Model Breadcrumbs: drop the outliers and the smallest elements of each delta, add up what remains.
 
+`theta_0 + lambda * sum_i w_i m_i * d_i`, where `m_i` is 0 at the `gamma` largest elements of `d_i` by magnitude, 1 at
+the `density` of elements that follow, and 0 at the rest.
+
 Davari and Belilovsky, "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", 2023
 (arXiv:2312.06795). Both cuts are exact, and among equal magnitudes the first elements count as the larger ones.
 """

@@ -1,5 +1,8 @@
 """Model Breadcrumbs with sign consensus: drop the outliers and the smallest elements, merge what agrees in sign.
 
+With masks `m_i` as in `breadcrumbs` and `x_i = m_i * d_i`: `theta_0 + lambda * sum_i w_i x_i [sign x_i = s]` with
+`s = sign(sum_i w_i x_i)`, divided by the weights of those that agree where `normalize` is set.
+
 Davari and Belilovsky, "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", 2023
 (arXiv:2312.06795), merged as in Yadav et al., "TIES-Merging", 2023 (arXiv:2306.01708).
 """

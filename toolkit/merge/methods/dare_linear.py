@@ -1,5 +1,8 @@
 """DARE: drop elements of each delta at random, make the rest larger, add the deltas up.
 
+With masks `b_i` whose elements are 1 with probability `p` (`density`): `theta_0 + lambda * sum_i w_i r_i b_i * d_i`,
+where `r_i` is `1 / p`, or `sum |d_i| / sum |b_i * d_i|`.
+
 Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch", 2023
 (arXiv:2311.03099). The paper and PEFT divide what is kept by the density, so that the mean over masks is the delta;
 mergekit keeps the tensor's L1 norm instead.

@@ -1,5 +1,8 @@
 """DARE with sign consensus: drop elements of each delta at random, make the rest larger, merge what agrees in sign.
 
+With `m_i = r_i b_i * d_i` as in `dare_linear`: `theta_0 + lambda * sum_i w_i m_i [sign m_i = s]` with
+`s = sign(sum_i w_i m_i)`, divided by the weights or the number of those that agree where `normalize` is set.
+
 Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch", 2023
 (arXiv:2311.03099), merged as in Yadav et al., "TIES-Merging", 2023 (arXiv:2306.01708). Tools of the field differ in
 what they multiply by, how they vote and what they divide by; each choice is a parameter here, and a preset names

@@ -1,5 +1,8 @@
 """DELLA: drop elements of each delta at random, small ones more often, merge what agrees in sign.
 
+The element with rank `j` of the `n` of its row, from 0 for the smallest, is kept with probability
+`density - epsilon + 2 epsilon j / (n - 1)`. Of what is kept, made larger, the merge is that of `ties`.
+
 Deep, Bhardwaj and Poria, "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
 2024 (arXiv:2406.11617). Ranks are taken within rows, the last dimension of a tensor. The paper divides each element
 that is kept by its probability; mergekit keeps the tensor's L1 norm instead.

@@ -1,5 +1,7 @@
 """DELLA without sign consensus: drop elements of each delta at random, small ones more often, add up the rest.
 
+With masks `b_i` and factors `r_i` as in `della`: `theta_0 + lambda * sum_i w_i r_i b_i * d_i`.
+
 Deep, Bhardwaj and Poria, "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
 2024 (arXiv:2406.11617), without its election of signs; see `della` for the ranks and the rescaling.
 """

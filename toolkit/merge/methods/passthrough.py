@@ -1,4 +1,7 @@
-"""Copy one model, its tensors multiplied by `scale`: layers for a stack of slices, or a model to be changed in part."""
+"""Copy one model, its tensors multiplied by `scale`: layers for a stack of slices, or a model to be changed in part.
+
+`scale * theta`. Stacks of slices made so, as of mergekit's passthrough, are known as frankenmerges.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """Reinforced Agent Merging: keep what one model alone changed, average what several changed.
 
+`theta_0 + sum_i d_i [|d_i| > epsilon] / max(1, count)` element by element, `count` being the number of models with
+`|d_i| > epsilon`.
+
 "Reinforced Agent Merging", 2026 (arXiv:2601.13572): fine-tuning by reinforcement changes few parameters, mostly others
 in each model, and a mean over all models would shrink what is one model's own.
 """

@@ -1,5 +1,8 @@
 """SCE: select the elements that differ most between models, weigh models by their energy, erase minority signs.
 
+With `x_i` the selected elements of the deltas, `w_i = |x_i|^2 / sum_k |x_k|^2` and `s = sign(sum_i x_i)`:
+`theta_0 + sum_i w_i x_i [sign x_i = s] / sum_i w_i [sign x_i = s]`.
+
 Wan et al., "FuseChat: Knowledge Fusion of Chat Models", 2024 (arXiv:2408.07990). Of each tensor the elements whose
 variance across models is largest are selected; a model's weight is its mean square over them, as a share of all
 models'; signs are elected by the unweighted sum, and the weights of the models that agree are made to sum to 1.

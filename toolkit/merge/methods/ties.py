@@ -1,5 +1,8 @@
 """TIES: trim each delta to its largest elements, elect a sign per element, merge what agrees with it.
 
+Of the deltas `d_i`, each trimmed to its `density` of largest elements, the result is
+`theta_0 + lambda * sum_i w_i d_i [sign d_i = s] / sum_i w_i [sign d_i = s]` with `s = sign(sum_i w_i d_i)`.
+
 Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", 2023 (arXiv:2306.01708). Tools of the field
 differ in what they trim over, how they vote and what they divide by; each choice is a parameter here, and a preset
 names those of the paper's code, of mergekit and of PEFT.

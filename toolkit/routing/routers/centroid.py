@@ -1,5 +1,8 @@
 """Nearest centroid: the expert whose prompts lie, on average, nearest to this one.
 
+`score_e(x) = -(x - mu_e)^T Sigma^-1 (x - mu_e) / 2`, with the mean `mu_e` of an expert's prompts and the shrunk
+covariance `Sigma` within experts.
+
 Distance is Mahalanobis': features are whitened by their covariance within the experts, since in hidden states of
 language models what a prompt is about varies far more than what is asked. The covariance is shrunk towards a multiple
 of the identity, as far as Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices",

@@ -1,5 +1,8 @@
 """A small neural network on the features: one hidden layer, trained until held-out prompts are predicted no better.
 
+`score(x) = W_2 f(W_1 x + b_1) + b_2`, the mean over several networks; one hidden layer as in Hu et al., "RouterBench:
+A Benchmark for Multi-LLM Routing System", 2024 (arXiv:2403.12031).
+
 On measured answers it predicts each expert's quality; where prompts were made for experts, which of them. Several
 networks from different starts are averaged.
 """

@@ -1,5 +1,8 @@
 """Clusters of prompts, and the best expert of each: what the experts were worth on the prompts of the same cluster.
 
+`score_e(x) = (sum_{j in c(x)} quality_e(j) + k mean_e) / (|c(x)| + k)`, with the prompts of the nearest cluster
+`c(x)`, the mean `mean_e` over all prompts and the `smoothing` `k`; averaged over the `nearest` clusters.
+
 The form of Zhang et al., "The Avengers: a simple recipe for uniting smaller language models", 2025: k-means, then the
 mean quality by cluster, here drawn towards the mean over all prompts by a few prompts' worth.
 """

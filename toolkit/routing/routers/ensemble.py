@@ -1,4 +1,8 @@
-"""The weighted mean of other routers' scores: errors of different kinds of routers cancel in part."""
+"""The weighted mean of other routers' scores: errors of different kinds of routers cancel in part.
+
+`score_e(x) = sum_k w_k score_{k,e}(x) / sum_k w_k` over the members `k`, as in stacking (Wolpert, "Stacked
+generalization", 1992) with weights that are given and not learned.
+"""
 
 from __future__ import annotations
 

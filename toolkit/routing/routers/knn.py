@@ -1,5 +1,8 @@
 """Nearest neighbours by cosine: what the experts were worth on the prompts most like this one.
 
+`score_e(x) = sum_{j in N(x)} quality_e(j) / |N(x)|` over the nearest prompts `N(x)` of the fit; one of the routers of
+Hu et al., "RouterBench: A Benchmark for Multi-LLM Routing System", 2024 (arXiv:2403.12031).
+
 On measured answers a score is the mean quality of an expert on the nearest prompts that it answered. Where prompts were
 made for experts, it is the mean similarity to the nearest of the expert's own. An expert's score depends on no other's
 prompts, so adding one changes no bit of it.

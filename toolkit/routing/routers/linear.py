@@ -1,5 +1,7 @@
 """A linear model per expert.
 
+`score_e(x) = a_e . x + b_e`.
+
 On measured answers it is ridge regression of the quality, with the penalty that predicts each prompt best when it is
 left out, which has a closed form (Allen, "The relationship between variable selection and data augmentation", 1974).
 Where prompts were made for experts, it is logistic regression, on sparse vectors too.

@@ -1,5 +1,8 @@
 """Gaussian naive Bayes: each number of a vector is normally distributed within an expert, independently of the others.
 
+`score_e(x) = log p_e - sum_h (log v_eh + (x_h - mu_eh)^2 / v_eh) / 2`, with the mean and the variance of each number
+`h` over an expert's prompts.
+
 It reaches its own best accuracy with O(log n) examples where logistic regression needs O(n), n being the width of the
 vectors (Zheng et al., "Revisiting discriminative vs. generative classifiers: theory and implications", 2023), so it
 is the router for a handful of prompts per expert. What is stored are sums: prompts can be added one by one, and an

@@ -1,5 +1,7 @@
 """Logit arithmetic with fixed weights: the large model plus what fine-tuning changed in each small one.
 
+`logits = large + sum_i alpha_i * (expert_i - base)`.
+
 Mitchell et al., "An emulator for fine-tuning large language models using small language models", 2024; Liu et al.,
 "Tuning language models by proxy", 2024, whose weight is 1.
 """
