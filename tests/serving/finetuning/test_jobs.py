@@ -178,6 +178,18 @@ def test_bad_rows_fail_the_job_with_their_place_under_the_name_that_the_client_g
     assert (event.level, event.message) == ("error", f"failed: {job.error.message}")
 
 
+def test_a_file_that_goes_while_its_job_waits_fails_the_job(client):
+    first = client.fine_tuning.jobs.create(
+        model="base", training_file=upload(client, ROWS), suffix="one", hyperparameters={"n_epochs": 500}
+    )
+    file_id = upload(client, ROWS)
+    second = client.fine_tuning.jobs.create(model="base", training_file=file_id, suffix="two")
+    client.files.delete(file_id)
+    client.fine_tuning.jobs.cancel(first.id)
+    job = ended(client, second.id)
+    assert (job.status, job.error.message) == ("failed", f"no file '{file_id}'")
+
+
 def test_requests_that_cannot_be_met(client):
     file_id = upload(client, ROWS)
     create = client.fine_tuning.jobs.create

@@ -73,7 +73,10 @@ class Jobs:
         """Serve what was made before, take up what was not finished, and wait for more; once the engine's loop runs."""
         for job in list(self._jobs.values()):
             if job.status == "succeeded" and (self.adapters / job.name).is_dir():
-                self._publish(job)
+                try:
+                    self._publish(job)
+                except ToolkitError as error:  # its folder was changed, or another adapter has its name
+                    log.warning("an adapter is not served", extra={"fields": {"job": job.id, "reason": str(error)}})
             elif not job.has_ended:
                 job.status = "queued"
                 self._queue.put(job)
@@ -81,9 +84,10 @@ class Jobs:
 
     def stop(self) -> None:
         """End the job under way, which begins anew with the next start; before the engine's loop stops."""
-        self._stopping = True
+        with self._lock:  # so that no job begins between the two
+            self._stopping = True
+            self.loop.engine.turns.stop()
         self._queue.put(None)
-        self.loop.engine.turns.stop()
         self._thread.join()
 
     def all(self) -> list[Job]:
@@ -182,6 +186,8 @@ class Jobs:
                 self.loop.engine.turns.open()
             try:
                 self._train(job)
+            except Exception:  # such as a disk that is full, so that the job cannot even be noted as failed
+                log.exception("fine-tuning job %s was lost", job.id)
             finally:
                 self.loop.engine.turns.close()
 
@@ -219,9 +225,9 @@ class Jobs:
 
     def _told(self, job: Job, message: str) -> str:
         """Return a message in which files have their clients' names."""
-        for file_id in filter(None, (job.training_file, job.validation_file)):
-            stored = self.files.get(file_id)
-            message = message.replace(str(self.files.path(stored)), stored.filename)
+        for stored in self.files.all():
+            if stored.id in (job.training_file, job.validation_file):
+                message = message.replace(str(self.files.path(stored)), stored.filename)
         return message
 
     def _publish(self, job: Job) -> None:
