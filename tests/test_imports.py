@@ -19,10 +19,11 @@ ORDER = (
 """A package may import only from itself and from those after it."""
 
 ONLY_IN = {
-    "fastapi": ["serving/server.py", "serving/http/"],
-    "starlette": ["serving/http/"],
+    "fastapi": ["serving/server.py", "serving/http/", "serving/replicas/ray_serve.py"],
+    "starlette": ["serving/http/", "serving/replicas/"],
     "prometheus_client": ["serving/http/metrics.py"],
     "llguidance": ["serving/guided.py"],
+    "ray": ["serving/replicas/ray_serve.py"],
     "uvicorn": ["serving/serve.py"],
     "httpx": ["jobs/client.py", "jobs/bench_serve/drive.py", "jobs/bench_serve/run.py", "routing/endpoint.py"],
     "typer": ["cli/"],

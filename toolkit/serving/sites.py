@@ -86,13 +86,14 @@ class BatchAdapters:
             self.everywhere = PLAIN
             self._repeated.clear()
 
-    def of(self, count: int, *, is_head: bool) -> Rows:
-        """Return the rows of a module that sees `count` of them."""
-        if not self.everywhere.is_plain:
-            if count not in self._repeated:
-                self._repeated[count] = _repeat(self.everywhere, count)
-            return self._repeated[count]
-        return self.head_rows if is_head else self.rows
+    def of(self, x: torch.Tensor, *, is_head: bool) -> Rows:
+        """Return the rows of a module that sees an input: features `[..., K]`, or ids."""
+        if self.everywhere is PLAIN:
+            return self.head_rows if is_head else self.rows
+        count = x.numel() // (x.shape[-1] if x.is_floating_point() else 1)
+        if count not in self._repeated:
+            self._repeated[count] = _repeat(self.everywhere, count)
+        return self._repeated[count]
 
 
 def _repeat(row: Rows, count: int) -> Rows:
@@ -137,7 +138,7 @@ class Site(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `base(x)` plus each row's own change; rows run along `dim` in a step."""
-        rows = self.batch.of(self._count(x), is_head=self.is_head)
+        rows = self.batch.of(x, is_head=self.is_head)
         if rows.is_plain:
             return self.base(x)
         if self.group is not None and not self.group.slots.isdisjoint(rows.slots):
@@ -147,7 +148,7 @@ class Site(nn.Module):
     def changed(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Return the base's outputs with all changes but the low-rank ones."""
         y = self.base(x)
-        own = [segment for segment in rows.segments if segment.adapter in self.changes]
+        own = [segment for segment in rows.segments if segment.adapter in self.changes] if self.changes else ()
         if not own:
             return y
         out = y.clone()
@@ -158,9 +159,6 @@ class Site(nn.Module):
             alone = segment.weight == 1 and not any(overlap(segment, other) for other in own if other is not segment)
             out[at] = changed if alone else out[at] + segment.weight * (changed - y[at])
         return out
-
-    def _count(self, x: torch.Tensor) -> int:
-        return x.numel() if x.dtype in (torch.int64, torch.int32) else x.numel() // x.shape[-1]
 
 
 def place_site(target: Target, name: str, batch: BatchAdapters) -> Site:
@@ -197,6 +195,7 @@ class LinearGroup:
     def __init__(self, sites: Sequence[Site], names: Sequence[str], pairs: PagedPairs) -> None:
         self.sites, self.names, self.pairs = list(sites), list(names), pairs
         self.slots: set[int] = set()
+        self._biases = [cast("torch.Tensor | None", getattr(site.base, "bias", None)) for site in sites]
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor | None] = []
         for index, site in enumerate(sites):
@@ -216,13 +215,12 @@ class LinearGroup:
         ys = [site.changed(x, rows) for site in self.sites]
         flat = [y.view(-1, y.shape[-1]) for y in ys]
         inputs = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
-        biases = [cast("torch.Tensor | None", getattr(site.base, "bias", None)) for site in self.sites]
         impl = self.sites[0].batch.impl
         if rows.routes is not None:
-            paged_lora(flat, inputs, rows.routes, self.pairs, biases, impl=impl)
+            paged_lora(flat, inputs, rows.routes, self.pairs, self._biases, impl=impl)
         for routed in rows.routed:
             if not self.slots.isdisjoint(routed.slots):
                 own, x_TK = slice(routed.start, routed.stop), inputs[routed.start : routed.stop]
                 routes = routed.routes(self.names, x_TK)
-                paged_lora([y[own] for y in flat], x_TK, routes, self.pairs, biases, impl=impl)
+                paged_lora([y[own] for y in flat], x_TK, routes, self.pairs, self._biases, impl=impl)
         return ys

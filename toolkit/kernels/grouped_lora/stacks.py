@@ -63,7 +63,6 @@ class Stack:
         self._versions: list[int] = []
         self._a = pairs.pool.new_empty(0, sum(ranks), pairs.widths[0])
         self._bs = [pairs.pool.new_empty(0, r, width) for r, width in zip(ranks, pairs.widths[1:], strict=True)]
-        self._scales = pairs.pool.new_empty(0, 1, sum(ranks))
         self._use()
 
     def hold(self, slots: Sequence[int]) -> list[int]:
@@ -80,7 +79,7 @@ class Stack:
     def _use(self) -> None:
         """Note the parts of the tensors that are in use, for `add` is called often and slicing takes its time."""
         n, at = len(self.slots), 0
-        self._factors = self._a[:n].transpose(1, 2), self._scales[:n]
+        self._a_nKR = self._a[:n].transpose(1, 2)
         self._linears: list[tuple[int, int, int, torch.Tensor]] = []
         for linear, (rank, b_nrN) in enumerate(zip(self.ranks, self._bs, strict=True)):
             if rank:
@@ -99,7 +98,7 @@ class Stack:
             self._copy(slot, place)
         for place in reversed(free):
             last = len(self.slots) - 1
-            for tensor in (self._a, *self._bs, self._scales):
+            for tensor in (self._a, *self._bs):
                 tensor[place] = tensor[last]
             self.slots[place], self._versions[place] = self.slots[last], self._versions[last]
             self.slots.pop()
@@ -109,7 +108,7 @@ class Stack:
         if count <= len(self._a):
             return
         size = max(count, len(self._a) + len(self._a) // 2)
-        self._a, self._scales = _longer(self._a, size), _longer(self._scales, size)
+        self._a = _longer(self._a, size)
         self._bs = [_longer(b, size) for b in self._bs]
 
     def _copy(self, slot: int, place: int) -> None:
@@ -117,17 +116,16 @@ class Stack:
         for linear, rank in enumerate(self.ranks):
             pair = self.pairs.read(slot, linear)
             if pair is not None:
-                self._a[place, at : at + rank] = pair.a_rK
+                # Scaled here once, and not its inner products in every step.
+                torch.mul(pair.a_rK, pair.scale, out=self._a[place, at : at + rank])
                 self._bs[linear][place] = pair.b_Nr.T
-                self._scales[place, 0, at : at + rank] = pair.scale
                 at += rank
 
     def add(self, ys: Sequence[torch.Tensor], x_TK: torch.Tensor, gathered: Gathered) -> None:
         """Add the changes of all its adapters to their rows, in place."""
         n, rows = len(self.slots), gathered.rows_nm
-        a_nKR, scales_n1R = self._factors
         x_nmK = (x_TK if rows is None else x_TK.index_select(0, rows)).view(n, -1, x_TK.shape[1])
-        inner_nmR = torch.bmm(x_nmK, a_nKR).mul_(scales_n1R)
+        inner_nmR = torch.bmm(x_nmK, self._a_nKR)
         if gathered.weights_nm1 is not None:
             inner_nmR.mul_(gathered.weights_nm1)
         for linear, at, rank, b_nrN in self._linears:
@@ -139,14 +137,13 @@ class Stack:
 
     def mix(self, ys: Sequence[torch.Tensor], x_TK: torch.Tensor, weights_PTn: torch.Tensor) -> None:
         """Add to every row the changes of all adapters, each times its weight at the linear, in place."""
-        n, (_, scales_n1R) = len(self.slots), self._factors
+        n = len(self.slots)
         if n > MOST_TOGETHER:
             self._mix_each(ys, x_TK, weights_PTn)
             return
         inner_TnR = torch.mm(x_TK, self._a[:n].reshape(-1, x_TK.shape[1]).T).view(len(x_TK), n, -1)
         for linear, at, rank, b_nrN in self._linears:
-            factors_Tnr = weights_PTn[linear].to(x_TK.dtype)[:, :, None] * scales_n1R[:, 0, at : at + rank]
-            own_Tnr = inner_TnR[:, :, at : at + rank] * factors_Tnr
+            own_Tnr = inner_TnR[:, :, at : at + rank] * weights_PTn[linear].to(x_TK.dtype)[:, :, None]
             ys[linear].addmm_(own_Tnr.view(-1, n * rank), b_nrN.reshape(n * rank, -1))
 
     def _mix_each(self, ys: Sequence[torch.Tensor], x_TK: torch.Tensor, weights_PTn: torch.Tensor) -> None:
@@ -156,9 +153,9 @@ class Stack:
             for place in used_nT.any(1).nonzero()[:, 0].tolist():
                 rows = used_nT[place].nonzero()[:, 0]
                 inner = torch.mm(x_TK[rows], self._a[place, at : at + rank].T)
-                factors = weights_PTn[linear, rows, place, None].to(x_TK.dtype) * self._scales[place, 0, at]
+                weights = weights_PTn[linear, rows, place, None].to(x_TK.dtype)
                 y = ys[linear]
-                y[rows] = torch.addmm(y[rows], inner * factors, b_nrN[place])
+                y[rows] = torch.addmm(y[rows], inner * weights, b_nrN[place])
 
 
 class Stacks:
