@@ -203,6 +203,8 @@ class Jobs:
                 train(spec, self.adapters / job.name, overwrite=True, quiet=True)
             finally:
                 PACE.reset(token)
+            if job.has_ended:
+                return  # cancelled after its last window
             self._publish(job)
             error = None
         except StoppedError:
