@@ -197,6 +197,22 @@ def test_names_of_equal_contents_do_not_depend_on_the_folder_of_another(base, lo
         engine.check()
 
 
+def test_a_folder_that_goes_while_it_is_read_is_no_loss_to_another_name(base, loras, tmp_path, monkeypatch):
+    folder = shutil.copytree(loras["plain"], tmp_path / "x")
+    with Engine(str(base), {"x": folder, "y": loras["plain"]}) as engine:
+        going, _ = engine.adapters._entries[engine.adapters.infos["y"].key].sources.values()
+        asked = []
+
+        def vanished() -> Contents:
+            asked.append(True)
+            raise FileNotFoundError(2, "No such file or directory", str(folder))
+
+        monkeypatch.setattr(going, "read", vanished)
+        expected = tiny.greedy(tiny.load_merged(base, loras["plain"]), [1, 2], ENOUGH)
+        assert engine.generate([[1, 2]], "y", GREEDY)[0].tokens == expected
+        assert asked
+
+
 def test_an_adapter_is_read_while_others_are_answered(base, loras, monkeypatch):
     """A slow disk holds up the requests for its adapter, and nobody else."""
     gate = threading.Event()

@@ -96,11 +96,11 @@ class _Entry:
         Raises:
             ToolkitError: none has.
         """
-        *others, last = self.sources.values()
+        *others, last = list(self.sources.values())
         for source in others:
             try:
                 return source.read()
-            except ToolkitError:
+            except (OSError, ToolkitError):  # the former where a folder goes while it is read
                 continue
         return last.read()
 
