@@ -21,7 +21,7 @@ from toolkit.serving.spec import FineTuning, Limits
 @pytest.fixture(scope="module")
 def served(base, tmp_path_factory) -> Iterator[tuple[str, Document]]:
     given = {"folder": str(tmp_path_factory.mktemp("ft")), "adapter": {"method": "lora", "r": 2}}
-    settings = FineTuning.model_validate(given | {"training": {"max_steps": 2, "logging_steps": 1}})
+    settings = FineTuning.model_validate(given | {"training": {"num_epochs": 1, "logging_steps": 1}})
     with ExitStack() as stack:
         engine = stack.enter_context(Engine(str(base), limits=Limits(page_size=4)))
         url = stack.enter_context(background_server(engine, api_key="secret", fine_tuning=settings))
@@ -74,7 +74,8 @@ def test_every_answer_is_as_described(served):
         ask(404, "POST", "/v1/fine_tuning/jobs", json=body | {"model": "new"})
         ask(400, "POST", f"/v1/fine_tuning/jobs/{job['id']}/cancel")
         ask(404, "POST", "/v1/fine_tuning/jobs/none/cancel")
-        long = ask(200, "POST", "/v1/fine_tuning/jobs", json=body).json()
+        epochs = {"hyperparameters": {"n_epochs": 1000}}
+        long = ask(200, "POST", "/v1/fine_tuning/jobs", json=body | epochs).json()
         ask(200, "POST", f"/v1/fine_tuning/jobs/{long['id']}/cancel")
         ask(200, "DELETE", f"/v1/files/{bad}")
     asked = {(method, path) for method, path, _, _ in document.seen}

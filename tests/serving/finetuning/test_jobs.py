@@ -79,7 +79,8 @@ def test_a_job_is_the_plain_run_and_is_served_at_once(client, engine, base, tmp_
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 4}}},
         metadata={"team": "letters"},
     )
-    assert (job.status, job.fine_tuned_model, job.metadata) == ("queued", None, {"team": "letters"})
+    assert job.status in ("queued", "running")
+    assert (job.fine_tuned_model, job.metadata) == (None, {"team": "letters"})
     job = ended(client, job.id)
     assert (job.status, job.fine_tuned_model, job.error) == ("succeeded", "sorter", None)
     assert job.finished_at is not None
