@@ -29,15 +29,17 @@ TOKENS = 120
 
 
 @pytest.fixture(scope="module")
-def ray() -> None:
+def ray(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Skip where Ray itself does not start, such as in a sandbox without shared memory."""
     code = "import ray; ray.init(include_dashboard=False, logging_level='ERROR'); ray.shutdown()"
+    log = tmp_path_factory.mktemp("ray") / "log"
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        with log.open("w") as file:  # no pipe, which Ray's own processes would hold open
+            done = subprocess.run([sys.executable, "-c", code], stdout=file, stderr=file, timeout=120)
     except subprocess.TimeoutExpired:
         pytest.skip("Ray does not start here within two minutes")
     if done.returncode:
-        pytest.skip(f"Ray does not start here: {done.stderr.strip().splitlines()[-1:]}")
+        pytest.skip(f"Ray does not start here: {log.read_text().strip().splitlines()[-1:]}")
 
 
 @contextmanager
@@ -46,24 +48,22 @@ def serving(spec: dict[str, Any], folder: Path) -> Iterator[tuple[str, psutil.Pr
     (folder / "ray.yaml").write_text(json.dumps({"port": 0, **spec}))
     command = [sys.executable, "-m", "toolkit", "serve", "ray.yaml"]
     environment = os.environ | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    process = subprocess.Popen(
-        command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
-    )
-    assert process.stderr
-    lines: list[str] = []
+    log = folder / "stderr"
+    with log.open("w") as file:  # no pipe, which Ray's own processes would hold open
+        process = subprocess.Popen(command, cwd=folder, stderr=file, stdout=subprocess.DEVNULL, env=environment)
     try:
-        for line in process.stderr:
-            lines.append(line)
-            if found := re.search(r"listening on (http://\S+)/v1", line):
-                break
-        else:
-            raise AssertionError("".join(lines))
+        deadline = time.monotonic() + 180
+        while not (found := re.search(r"listening on (http://\S+)/v1", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
         yield found[1], psutil.Process(process.pid)
-    finally:
         process.send_signal(signal.SIGTERM)
-        process.stderr.read()
-        process.stderr.close()
-        assert process.wait(60) == 0
+        assert process.wait(120) == 0
+    finally:
+        for left in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
+            left.kill()
+        process.kill()
 
 
 def replicas(server: psutil.Process) -> list[psutil.Process]:
@@ -101,6 +101,7 @@ async def streamed(client: httpx.AsyncClient, prompt: str, model: str) -> tuple[
     return text, None
 
 
+@pytest.mark.slow  # two servers, and Ray's own ten processes, on however many cores there are
 @pytest.mark.usefixtures("ray")
 def test_one_of_two_replicas_is_killed_under_load(base, loras, tmp_path):
     spec = {

@@ -136,6 +136,8 @@ def serve_replicas(spec: ServeSpec, *, quiet: bool = False) -> None:
     ray_spec = spec.ray or RayServe()
     if spec.fine_tuning is not None:
         raise spec.error([Problem("fine_tuning", "one server trains, not several; leave it out, or ray")])
+    for name in ("READY", "HEALTH"):  # 5 seconds are short on a busy machine, and Ray would start over
+        os.environ.setdefault(f"RAY_SERVE_PROXY_{name}_CHECK_TIMEOUT_S", "30")
     try:
         import ray
         from ray import serve
@@ -161,8 +163,10 @@ def serve_replicas(spec: ServeSpec, *, quiet: bool = False) -> None:
             _announce(spec, ray_spec, port)
         stopped.wait()
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        try:
+            serve.shutdown()
+        finally:
+            ray.shutdown()  # or Ray's own processes would outlive this one
 
 
 def _announce(spec: ServeSpec, ray_spec: RayServe, port: int) -> None:
