@@ -65,7 +65,7 @@ def test_a_whole_answer_is_passed_on():
     assert response.headers["x-toolkit-attempts"] == "1"
     ((model, asked),) = replicas.asked
     assert (model, asked.method, asked.path, asked.query) == ("sort", "POST", "/v1/completions", b"q=1")
-    assert asked.header(b"authorization") == b"Bearer k"
+    assert dict(asked.headers)[b"authorization"] == b"Bearer k"
     assert json.loads(asked.body) == {"model": "sort"}
 
 

@@ -163,7 +163,9 @@ class Pass:
         if pairs:
             torch.autograd.backward(*map(list, zip(*pairs, strict=True)))  # pyright: ignore[reportArgumentType]
         after = self._gradients or [(None, None)] * len(before)
-        self._gradients = [(_added(k, keys), _added(v, values)) for (k, v), (keys, values) in zip(before, after)]  # noqa: B905 - the first window has none before it
+        # Before the first window there is nothing whose gradients could wait.
+        pairs_of_layers = zip(before, after, strict=bool(before))
+        self._gradients = [(_added(k, keys), _added(v, values)) for (k, v), (keys, values) in pairs_of_layers]
         self._kept, self.left = [(k[:, :, :begin], v[:, :, :begin]) for k, v in self._kept], begin
 
     def _losses(self, begin: int, end: int, cache: Any, *, scored: bool) -> Tensor | None:

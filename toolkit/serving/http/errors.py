@@ -44,7 +44,7 @@ class ApiError(Exception):
 
 def of_request(error: RequestError) -> ApiError:
     """Return the HTTP form of the engine's refusal of a request."""
-    return ApiError(404 if error.code == "model_not_found" else 400, str(error), error.code)
+    return ApiError(404 if error.code in ("job_not_found", "model_not_found") else 400, str(error), error.code)
 
 
 def kind_of(status: int) -> str:

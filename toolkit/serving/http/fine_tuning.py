@@ -11,7 +11,7 @@ from pydantic import Field
 
 from toolkit.errors import MissingError, RequestError
 from toolkit.serving.finetuning.job import Job
-from toolkit.serving.http.errors import ApiError
+from toolkit.serving.http.errors import ApiError, of_request
 from toolkit.serving.http.fields import Body, only
 from toolkit.serving.http.responses import (
     BODY_ERRORS,
@@ -72,11 +72,7 @@ class JobBody(Body):
     integrations: Annotated[list[Any] | None, only()] = None
 
 
-def _status(error: RequestError) -> ApiError:
-    return ApiError(404 if error.code in ("job_not_found", "model_not_found") else 400, str(error), error.code)
-
-
-def shown(jobs: Jobs, job: Job) -> dict[str, Any]:
+def shown(job: Job) -> dict[str, Any]:
     """Return a job as a response shows it."""
     chosen: Mapping[str, Any] = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
     hyperparameters = {**chosen, **job.hyperparameters}
@@ -147,7 +143,7 @@ def fine_tuning_routes(jobs: Jobs) -> APIRouter:
         try:
             return jobs.get(job_id)
         except RequestError as error:
-            raise _status(error) from None
+            raise of_request(error) from None
 
     @routes.post("/v1/fine_tuning/jobs", responses={200: {"model": FineTuningJob}, **errors(404, *BODY_ERRORS)})
     async def create(body: JobBody) -> Any:
@@ -157,27 +153,27 @@ def fine_tuning_routes(jobs: Jobs) -> APIRouter:
         try:
             job = await asyncio.to_thread(jobs.create, body.model, body.training_file, body.validation_file, **options)
         except RequestError as error:
-            raise _status(error) from None
+            raise of_request(error) from None
         except MissingError as error:
             raise ApiError(404, str(error), "file_not_found") from None
-        return shown(jobs, job)
+        return shown(job)
 
     @routes.get("/v1/fine_tuning/jobs", responses={200: {"model": FineTuningJobs}, **errors(400, 401)})
     async def list_jobs(after: str | None = None, limit: Limit = 20) -> Any:
-        return page_of([shown(jobs, job) for job in jobs.all()], after, limit)
+        return page_of([shown(job) for job in jobs.all()], after, limit)
 
     @routes.get("/v1/fine_tuning/jobs/{job_id}", responses={200: {"model": FineTuningJob}, **errors(401, 404)})
     async def show(job_id: str) -> Any:
-        return shown(jobs, found(job_id))
+        return shown(found(job_id))
 
     cancelled = {200: {"model": FineTuningJob}, **errors(400, 401, 404, 429)}
 
     @routes.post("/v1/fine_tuning/jobs/{job_id}/cancel", responses=cancelled)
     async def cancel(job_id: str) -> Any:
         try:
-            return shown(jobs, await asyncio.to_thread(jobs.cancel, job_id))
+            return shown(await asyncio.to_thread(jobs.cancel, job_id))
         except RequestError as error:
-            raise _status(error) from None
+            raise of_request(error) from None
 
     happened = {200: {"model": FineTuningEvents}, **errors(400, 401, 404)}
 

@@ -29,10 +29,6 @@ class Asked:
     headers: tuple[tuple[bytes, bytes], ...]
     body: bytes
 
-    def header(self, name: bytes) -> bytes:
-        """Return a header, empty where there is none."""
-        return dict(self.headers).get(name, b"")
-
 
 @dataclass(frozen=True)
 class Head:
