@@ -282,6 +282,8 @@ def test_a_request_sees_old_weights_or_new_ones_and_never_a_mixture(client, engi
     until(lambda: len(seen) > 2)
     stop.set()
     asker.join()
+    kinds = [[e.type for e in client.fine_tuning.jobs.list_events(job.id, limit=100)] for job in (first, second)]
+    assert ["metrics" in of_job for of_job in kinds] == [False, True], "no job shows the losses of another"
     new = client.completions.create(**ask).choices[0].logprobs.token_logprobs
     assert max(abs(a - b) for a, b in zip(new, old, strict=True)) > 0.01
     # The first that computes the prompt rounds otherwise than those that find it in the cache.

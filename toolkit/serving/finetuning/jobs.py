@@ -172,7 +172,10 @@ class Jobs:
         return job
 
     def metrics(self, job: Job) -> list[Mapping[str, Any]]:
-        """Return what a job's run has logged so far: losses by step."""
+        """Return what a job's run has logged so far: losses by step; nothing once its folder is another job's."""
+        latest = [other for other in list(self._jobs.values()) if other.name == job.name][-1]
+        if latest is not job or job.status not in ("running", "succeeded"):
+            return []
         out = self.adapters / job.name
         return read_metrics((staging_path(out) if job.status == "running" else out) / METRICS)
 
