@@ -41,6 +41,10 @@ DECISIVE = 1e-3
 """Least difference of the two largest logits of every token of an answer that can be compared: closer ones may change
 places with the batch that they are computed in."""
 
+PATIENCE = 5.0
+"""Seconds that a client waits for an answer of the last priority, which all others keep waiting while the server is
+full; for any other answer it waits a minute."""
+
 MOST_GROWTH = 48 * 2**20
 """Bytes that the process may grow by between the end of the warm-up and the end."""
 
@@ -134,10 +138,12 @@ class Client:
                 self.book.faults.append(f"{act.__name__}: {type(error).__name__} {error}")
         await self.unloads()
 
-    async def ask(self, path: str, body: Any, *statuses: int, method: str = "POST") -> httpx.Response:
+    async def ask(
+        self, path: str, body: Any, *statuses: int, method: str = "POST", patience: float = 60.0
+    ) -> httpx.Response:
         """Send a request, which must be answered by one of the statuses; wait and try again where it is told to."""
         while True:
-            response = await self.http.request(method, path, json=body)
+            response = await self.http.request(method, path, json=body, timeout=patience)
             self.book.counts[f"status {response.status_code}"] += 1
             if response.status_code != 429 or 429 in statuses:
                 break
@@ -148,8 +154,15 @@ class Client:
 
     async def whole(self) -> None:
         """Ask for an answer in one piece."""
-        key = self.rng.choice(self.keys)
-        response = await self.ask("/v1/completions", body_of(key, priority=self.rng.choice([0, 0, -1, 1])))
+        key, priority = self.rng.choice(self.keys), self.rng.choice([0, 0, -1, 1])
+        body, is_last = body_of(key, priority=priority), priority == 1
+        try:
+            response = await self.ask("/v1/completions", body, patience=PATIENCE if is_last else 60.0)
+        except httpx.ReadTimeout:
+            if not is_last:
+                raise
+            self.book.counts["gave_up"] += 1
+            return
         self.book.compare(key, response.json()["choices"][0]["text"])
 
     async def streamed(self) -> None:

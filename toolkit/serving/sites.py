@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from toolkit.kernels.grouped_lora import PagedPairs, Routes, Segment, paged_lora
+from toolkit.kernels.grouped_lora import PagedPairs, Routes, Segment, paged_lora, paged_lora_form
 from toolkit.kernels.impl import Impl
 from toolkit.serving.changes import Change
 
@@ -196,6 +196,8 @@ class LinearGroup:
         self.sites, self.names, self.pairs = list(sites), list(names), pairs
         self.slots: set[int] = set()
         self._biases = [cast("torch.Tensor | None", getattr(site.base, "bias", None)) for site in sites]
+        # Without checks in every step: the widths are the model's, and what a request may mix was seen to before.
+        self._add = paged_lora_form(pairs.pool.device, sites[0].batch.impl)
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor | None] = []
         for index, site in enumerate(sites):
@@ -215,12 +217,14 @@ class LinearGroup:
         ys = [site.changed(x, rows) for site in self.sites]
         flat = [y.view(-1, y.shape[-1]) for y in ys]
         inputs = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
-        impl = self.sites[0].batch.impl
+        if inputs.stride(-1) != 1:
+            inputs = inputs.contiguous()
         if rows.routes is not None:
-            paged_lora(flat, inputs, rows.routes, self.pairs, self._biases, impl=impl)
+            self._add(flat, inputs, rows.routes, self.pairs, self._biases)
         for routed in rows.routed:
             if not self.slots.isdisjoint(routed.slots):
                 own, x_TK = slice(routed.start, routed.stop), inputs[routed.start : routed.stop]
                 routes = routed.routes(self.names, x_TK)
+                impl = self.sites[0].batch.impl
                 paged_lora([y[own] for y in flat], x_TK, routes, self.pairs, self._biases, impl=impl)
         return ys

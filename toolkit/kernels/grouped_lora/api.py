@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from toolkit.kernels.impl import Impl, resolve
 
@@ -19,6 +19,21 @@ if TYPE_CHECKING:
 
 MAX_LINEARS = 3
 """Linears that one launch serves: q, k and v."""
+
+
+class PagedForm(Protocol):
+    """A form of `paged_lora`, whose arguments are the same."""
+
+    def __call__(
+        self,
+        ys: Sequence[torch.Tensor],
+        x: torch.Tensor,
+        routes: Routes,
+        pairs: PagedPairs,
+        biases: Sequence[torch.Tensor | None],
+    ) -> None:
+        """See `paged_lora`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -119,22 +134,35 @@ def paged_lora(
         ValueError: tensors that do not fit each other, or a DoRA that is weighted or combined.
         UnsupportedError: no such form on this device.
     """
-    form = resolve(impl, ("triton", "torch", "reference"), x.device, "paged_lora")
+    run = paged_lora_form(x.device, impl)
     biases = biases or [None] * (len(pairs.widths) - 1)
-    given = [None if t is None else (t.shape, t.stride(), t.dtype) for t in (x, *ys, *biases)]
-    if pairs.checked != (len(routes.slots), given):  # which takes longer than to see that they are as last time
-        _check_tensors(ys, x, routes, pairs, biases)
-        pairs.checked = len(routes.slots), given
+    _check_tensors(ys, x, routes, pairs, biases)
     routes.check_dora(pairs)
     if routes.mixture is not None:
         _check_mixture(routes, pairs, x)
+    run(ys, x, routes, pairs, biases)
+
+
+def paged_lora_form(device: torch.device, impl: Impl | None = None) -> PagedForm:
+    """Return what `paged_lora` runs once it has checked its arguments, for callers whose own fit by construction.
+
+    On a CPU the checks take as long as the products of a small model.
+
+    Args:
+        device: of the tensors.
+        impl: form to run.
+
+    Raises:
+        UnsupportedError: no such form on this device.
+    """
+    form = resolve(impl, ("triton", "torch", "reference"), device, "paged_lora")
     if form == "triton":
         from toolkit.kernels.grouped_lora.triton_form import paged_lora as run
     elif form == "torch":
         from toolkit.kernels.grouped_lora.torch_form import paged_lora as run
     else:
         from toolkit.kernels.grouped_lora.reference import paged_lora as run
-    run(ys, x, routes, pairs, biases)
+    return run
 
 
 def paged_lora_backward(

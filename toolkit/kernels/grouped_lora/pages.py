@@ -49,7 +49,6 @@ class PagedPairs:
         versions: of each slot that is taken, a number that no other adapter had or will have.
         edition: grows whenever an adapter comes or goes.
         tables_edition: grows whenever the tables on the device are other tensors, not the same with other contents.
-        checked: what an operation found right when it last looked at its tensors.
         plain: slots whose adapter only adds a product.
         doras: slots whose adapter rescales an output.
     """
@@ -73,7 +72,6 @@ class PagedPairs:
         self._used = 0
         self.versions: dict[int, int] = {}
         self.edition = 0
-        self.checked: object = None
         self.plain: set[int] = set()
         self.doras: set[int] = set()
         self._ranks: dict[int, tuple[int, ...]] = {}
