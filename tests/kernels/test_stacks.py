@@ -9,6 +9,7 @@ import torch
 
 from toolkit.kernels.grouped_lora import PagedPairs, Pair, Routes, paged_lora
 from toolkit.kernels.grouped_lora.routes import MOST_ROWS
+from toolkit.kernels.grouped_lora.stacks import FEWEST
 
 K, WIDTHS, RANKS = 24, (16, 40), [(3, 3), (2, 5), (4, 0)]
 
@@ -54,6 +55,36 @@ def test_stacks_follow_adapters_that_come_and_go(seed):
             untouched = [i for i, row in enumerate(rows) if not set(row) & set(taken)]
             assert torch.equal(one[untouched], y[untouched])
     assert any(stack.slots for stack in pairs.stacks._stacks.values()), "nothing was stacked"
+
+
+@pytest.mark.parametrize(
+    ("counts", "weighted", "is_stacked"),
+    [
+        ([13, 13, 13, 13], False, True),  # the rows as they are
+        ([13, 13, 13, 13], True, True),
+        ([11, 13, 12, 13], True, True),  # the shorter ones are filled up
+        ([1, 40, 1, 1], True, False),  # the few rows alone
+        ([10, 40, 11, 90], True, False),
+    ],
+)
+def test_adapters_with_about_equally_many_rows_share_a_product(counts, weighted, is_stacked):
+    generator = torch.Generator().manual_seed(1)
+    pairs = PagedPairs(torch.zeros(100, 64, dtype=torch.float64), K, WIDTHS, len(counts))
+    for slot in range(len(counts)):
+        factors = random_pairs((2, 5), generator)
+        pairs.place(slot, factors, list(range(20 * slot, 20 * slot + pairs.pages_for(factors))))
+    slots = [slot for slot, count in enumerate(counts) for _ in range(count)]
+    weights = torch.randn(len(slots), generator=generator).numpy() if weighted else 1.0
+    routes, x = Routes.of(slots, weights), torch.randn(len(slots), K, generator=generator, dtype=torch.float64)
+    ys = [torch.randn(len(slots), width, generator=generator, dtype=torch.float64) for width in WIDTHS]
+    expected = [y.clone() for y in ys]
+    paged_lora(ys, x, routes, pairs, impl="torch")
+    paged_lora(expected, x, routes, pairs, impl="reference")
+    for one, other in zip(ys, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    stacked = {slot for stack in pairs.stacks._stacks.values() for slot in stack.slots}
+    few = {slot for slot, count in enumerate(counts) if count <= MOST_ROWS}
+    assert stacked == (set(range(len(counts))) if is_stacked else few if len(few) >= FEWEST else set())
 
 
 def test_an_adapter_that_is_placed_anew_in_the_same_slot_is_copied_anew():

@@ -68,6 +68,7 @@ class PagedPairs:
         self._extras = np.full((linears, 2, num_slots), -1, np.int32)
         self._lists: dict[int, np.ndarray] = {}
         self._pairs: dict[tuple[int, int], Pair | None] = {}
+        self._firsts: dict[int, torch.Tensor] = {}
         self._offsets = np.zeros(0, np.int32)
         self._used = 0
         self.versions: dict[int, int] = {}
@@ -187,6 +188,7 @@ class PagedPairs:
 
     def _forget(self, slot: int) -> None:
         """Drop what was read of a slot, be it that there was nothing."""
+        self._firsts.pop(slot, None)
         for linear in range(len(self.widths) - 1):
             self._pairs.pop((slot, linear), None)
 
@@ -195,10 +197,19 @@ class PagedPairs:
         return self._ranks[slot]
 
     def pair(self, slot: int, linear: int) -> Pair | None:
-        """Do what `read` does, but only once for each adapter."""
+        """Do what `read` does, but only once for each adapter; its A is a part of `first_factors`."""
         if (slot, linear) not in self._pairs:
-            self._pairs[slot, linear] = self.read(slot, linear)
+            _, rank, at = self._sides[1 + linear, :, slot].tolist()
+            a_rK = self.first_factors(slot)[at : at + rank]
+            self._pairs[slot, linear] = self._pair(slot, linear, a_rK) if len(a_rK) else None
         return self._pairs[slot, linear]
+
+    def first_factors(self, slot: int) -> torch.Tensor:
+        """Return A of all linears under each other, `[R, K]`; reads it only once for each adapter."""
+        if slot not in self._firsts:
+            start, rank, _ = self._sides[0, :, slot].tolist()
+            self._firsts[slot] = self._read(start, rank, self.widths[0])
+        return self._firsts[slot]
 
     def elements(self, slot: int, linear: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which elements of the flat pool are an adapter's A, `[r, K]`, and its B, `[N, r]`."""
@@ -213,14 +224,14 @@ class PagedPairs:
 
     def read(self, slot: int, linear: int) -> Pair | None:
         """Read an adapter's factors at a linear back: views where the pieces lie evenly, else copies."""
-        (a, b), rank = self._starts(slot, linear), int(self._sides[1 + linear, RANK, slot])
-        if not rank:
-            return None
-        width = self.widths[1 + linear]
+        (a, _), rank = self._starts(slot, linear), int(self._sides[1 + linear, RANK, slot])
+        return self._pair(slot, linear, self._read(a, rank, self.widths[0])) if rank else None
+
+    def _pair(self, slot: int, linear: int, a_rK: torch.Tensor) -> Pair:
+        (_, b), rank, width = self._starts(slot, linear), len(a_rK), self.widths[1 + linear]
         rows = self._extras[linear, :, slot].tolist()
         bias, gain = (None if row < 0 else self._read(row, 1, width)[0] for row in rows)
-        b_Nr = self._read(b, rank, width).T
-        return Pair(self._read(a, rank, self.widths[0]), b_Nr, gain, float(self._scales[1 + linear, slot]), bias)
+        return Pair(a_rK, self._read(b, rank, width).T, gain, float(self._scales[1 + linear, slot]), bias)
 
     def _per_page(self, width: int) -> int:
         return self.page // (-(-width // ALIGN) * ALIGN)
@@ -307,7 +318,7 @@ class PagedPairs:
 
     def _read(self, start: int, count: int, width: int) -> torch.Tensor:
         flat, pieces = self.pool.view(-1), self.pieces(width)
-        if pieces > 1:
+        if pieces > 1 or not count:
             return flat[self._elements(start, count, width)]
         begins = self._offsets[start : start + count].tolist()
         step = begins[1] - begins[0] if count > 1 else -(-width // ALIGN)

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 MOST_ROWS = 8
-"""Rows of an adapter that are few: more are worth a product of their own."""
+"""Rows of an adapter that are few: more are worth a product of their own, unless all adapters have as many."""
+
+MOST_PADDING = 1.25
+"""Rows of a product for all adapters, each as often as the one with the most has any, as a share of those there are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,9 +99,13 @@ class Routes:
         return found
 
     @cached_property
-    def slots_of_few(self) -> tuple[int, ...]:
-        """Slots of the adapters that have at most `MOST_ROWS` rows."""
-        return tuple(slot for slot, (rows, _) in self.by_slot.items() if len(rows) <= MOST_ROWS)
+    def slots_together(self) -> tuple[int, ...]:
+        """Slots of the adapters that one product may serve: all if they have about equally many rows, else those with
+        at most `MOST_ROWS`."""
+        counts = {slot: len(rows) for slot, (rows, _) in self.by_slot.items()}
+        if counts and len(counts) * max(counts.values()) <= MOST_PADDING * sum(counts.values()):
+            return tuple(counts)
+        return tuple(slot for slot, count in counts.items() if count <= MOST_ROWS)
 
     @cached_property
     def segments(self) -> list[tuple[int, int, int, float]]:

@@ -1,8 +1,9 @@
 """Copies of the factors of the adapters that answer just now, stacked so that one batched product serves them all.
 
-A product of one row with the factors of one adapter takes less time than to ask for it, so many adapters with few rows
-each go into one product. Pages may lie anywhere and a batched product cannot, hence the copies: one per adapter that
-joins, none while the same ones go on. Adapters of equal ranks at all linears share a stack, so nothing is padded.
+A product of a few rows with the factors of one adapter takes less time than to ask for it, so many adapters with few
+rows each, or with about equally many, go into one product. Pages may lie anywhere and a batched product cannot, hence
+the copies: one per adapter that joins, none while the same ones go on. Adapters of equal ranks at all linears share a
+stack, so no rank is padded.
 
 Where every row mixes the same adapters, a stack is one adapter of all ranks together: its inner products, each weighted
 for its row, multiply all second factors at once.
@@ -37,8 +38,8 @@ class Gathered:
     """Rows of a batch in the order of a stack.
 
     Attributes:
-        rows_nm: flat, `[n * m]`, row of the batch; adapters with fewer rows repeat one. `None` where the rows of the
-            batch are in that order, one of each adapter.
+        rows_nm: flat, `[n * m]`, row of the batch; adapters with fewer rows repeat one. `None` where these are the rows
+            of the batch as they are.
         weights_nm1: of their changes, 0 for what is repeated; `None` where all are 1.
     """
 
@@ -131,7 +132,7 @@ class Stack:
         for linear, at, rank, b_nrN in self._linears:
             own_nmr = inner_nmR.narrow(2, at, rank) if rank < inner_nmR.shape[2] else inner_nmR
             if rows is None:
-                ys[linear].view(n, 1, -1).baddbmm_(own_nmr, b_nrN)
+                ys[linear].view(n, x_nmK.shape[1], -1).baddbmm_(own_nmr, b_nrN)
             else:
                 ys[linear].index_add_(0, rows, torch.bmm(own_nmr, b_nrN).view(len(rows), -1))
 
@@ -188,9 +189,9 @@ class Stacks:
 
     def choose(self, routes: Routes) -> list[tuple[Stack, Gathered]]:
         """Return the stacks that a batch needs, and its rows in their order; other adapters are not worth one."""
-        asked = routes.slots_of_few, self.pairs.edition
+        asked = routes.slots_together, self.pairs.edition
         if asked != self._chosen_for:
-            self._chosen, self._chosen_for = self._hold(routes.slots_of_few), asked
+            self._chosen, self._chosen_for = self._hold(routes.slots_together), asked
         return [(stack, gather(order, routes, self.pairs.pool)) for stack, order in self._chosen]
 
     def _hold(self, slots: Sequence[int]) -> list[tuple[Stack, tuple[int, ...]]]:
@@ -217,9 +218,9 @@ def gather(order: tuple[int, ...], routes: Routes, like: torch.Tensor) -> Gather
             empty = most - len(own)
             rows += own + own[:1] * empty
             weights += own_weights + [0.0] * empty
-        in_order = rows == list(range(len(routes.slots)))
+        as_they_are = rows == list(range(len(routes.slots)))
         routes.gathered[order] = Gathered(
-            None if in_order and most == 1 else torch.tensor(rows, device=like.device),
+            None if as_they_are else torch.tensor(rows, device=like.device),
             None
             if all(weight == 1 for weight in weights)
             else torch.tensor(weights, dtype=like.dtype, device=like.device).view(len(order), most, 1),

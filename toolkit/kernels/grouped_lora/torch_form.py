@@ -1,7 +1,7 @@
 """Matrix products at each adapter's true rank, added to the output in place.
 
-Adapters with few rows each, and those that rows mix, go through products of stacked copies (`stacks`), others through
-two products each.
+Adapters with few rows each or with equally many, and those that rows mix, go through products of stacked copies
+(`stacks`); others through a product with the first factors of all linears and one with each second factor.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ def paged_lora(
     if len(stacked) == len(routes.by_slot):
         return
     for start, stop, slot, weight in routes.segments:
-        if slot in stacked:
+        if slot in stacked or slot not in pairs.versions:
             continue
-        for linear, y_TN in enumerate(ys):
+        rows, a_KR, at = x[start:stop], pairs.first_factors(slot).T, 0
+        inner_TR = torch.mm(rows, a_KR) if x.dim() == 2 else a_KR[rows]
+        for linear, (rank, y_TN) in enumerate(zip(pairs.ranks_of(slot), ys, strict=True)):
             pair = pairs.pair(slot, linear)
             if pair is not None:
-                rows = x[start:stop]
-                inner_Tr = torch.mm(rows, pair.a_rK.T) if x.dim() == 2 else pair.a_rK.T[rows]
-                _change(y_TN[start:stop], inner_Tr, pair, weight, biases[linear])
+                _change(y_TN[start:stop], inner_TR[:, at : at + rank], pair, weight, biases[linear])
+                at += rank
 
 
 def _change(y_TN: torch.Tensor, inner_Tr: torch.Tensor, pair: Pair, weight: float, bias_N: torch.Tensor | None) -> None:
