@@ -258,21 +258,26 @@ class PagedPairs:
                 sources[part.shape[1]].append(part)
                 places[part.shape[1]].append(own[:, piece])
         for width, parts in sources.items():
-            rows = torch.cat([part.to(self.pool.device, self.pool.dtype) for part in parts])
-            begins = self._write(rows, [pages.pop(0) for _ in range(-(-len(rows) // self._per_page(width)))])
+            count = sum(map(len, parts))
+            begins = self._write(parts, count, [pages.pop(0) for _ in range(-(-count // self._per_page(width)))])
             for place in places[width]:
                 place[:], begins = begins[: len(place)], begins[len(place) :]
         return np.concatenate([own.ravel() for own in offsets]) if offsets else np.zeros(0, np.int64)
 
-    def _write(self, rows: torch.Tensor, pages: Sequence[int]) -> np.ndarray:
-        """Write rows of one width into pages; return where each begins."""
-        per_page, step = self._per_page(rows.shape[1]), self.page // self._per_page(rows.shape[1]) // ALIGN * ALIGN
-        index = np.arange(len(rows))
+    def _write(self, parts: Sequence[torch.Tensor], count: int, pages: Sequence[int]) -> np.ndarray:
+        """Write the rows of matrices of one width, `count` in all, into pages; return where each begins."""
+        width, device, dtype = parts[0].shape[1], self.pool.device, self.pool.dtype
+        per_page, step = self._per_page(width), self.page // self._per_page(width) // ALIGN * ALIGN
+        index = np.arange(count)
         begins = np.asarray(pages, np.int64)[index // per_page] * self.page + index % per_page * step
-        held = torch.zeros(len(pages) * per_page, step, dtype=rows.dtype, device=rows.device)
-        held[: len(rows), : rows.shape[1]] = rows
+        parts = [part.to(device, dtype) for part in parts]
+        if np.array_equal(begins, begins[0] + index * width):  # nothing lies between them
+            torch.cat(parts, out=self.pool.view(-1)[begins[0] : begins[0] + count * width].view(count, width))
+            return begins
+        held = torch.zeros(len(pages) * per_page, step, dtype=dtype, device=device)
+        torch.cat(parts, out=held[:count, :width])
         view = self.pool[:, : per_page * step]
-        view[torch.tensor(list(pages), dtype=torch.int64, device=rows.device)] = held.view(len(pages), -1)
+        view[torch.tensor(list(pages), dtype=torch.int64, device=device)] = held.view(len(pages), -1)
         return begins
 
     def _append(self, slot: int) -> None:
