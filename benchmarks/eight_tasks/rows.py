@@ -18,8 +18,8 @@ Row = dict[str, Any]
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 """What a merged change is multiplied with; the best on the validation rows is taken."""
 
-PATIENCE = 3
-"""Scales that may be worse one after another before the larger ones are left out."""
+FIRST = 0.5
+"""The one that is tried first, with those beside it; then on to the better side for as long as it gets better."""
 
 MATRICES = {"average": [{"filter": "embeddings", "value": True}, {"value": False}]}
 """Of methods for the matrices of linear layers: embeddings, whose rows are tokens, are averaged."""
@@ -129,15 +129,22 @@ def _best_scale(study: Study) -> tuple[float, Mapping[str, float]]:
     """Scale the change of the model as it stands, the best of `SCALES`; the model has it then."""
     change = study.change()
     found: dict[float, float] = {}
-    for scale in SCALES:
-        study.place(change, scale)
-        found[scale] = mean(study.measure("validation"))
-        behind = [other for other in found if other > max(found, key=lambda s: found[s])]
-        if len(behind) >= PATIENCE:
+
+    def score(scale: float) -> float:
+        if scale not in found:
+            study.place(change, scale)
+            found[scale] = mean(study.measure("validation"))
+        return found[scale]
+
+    best = FIRST
+    while True:
+        at = SCALES.index(best)
+        better = max(SCALES[max(0, at - 1) : at + 2], key=score)
+        if score(better) == score(best):
             break
-    best = max(found, key=lambda scale: found[scale])
+        best = better
     study.place(change, best)
-    return best, {str(scale): score for scale, score in found.items()}
+    return best, {str(scale): found[scale] for scale in sorted(found)}
 
 
 def learn_spec(study: Study, given: Mapping[str, Any], shift: str | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import random
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -110,6 +111,19 @@ def test_zero_shot_and_scaled_rows_against_another_program(place, tmp_path):
     made.place(made.change(), 0.5)
     model.load_state_dict({name: value + 0.5 * (tuned[name] - value) for name, value in start.items()})
     assert made.measure("test") == {task: accuracy(task) for task in made.tasks}
+
+
+@pytest.mark.parametrize("peak", [0.05, 0.1, 0.42, 0.5, 0.9, 2.8, 7.0])
+def test_the_best_scale_is_climbed_to(peak):
+    """Any curve with one top; what is not on the way is not measured."""
+    study, placed = Mock(), []
+    study.place = lambda change, scale: placed.append(scale)
+    study.measure = lambda split: {"a": -abs(placed[-1] - peak), "b": 0.0}
+    best, found = rows._best_scale(study)
+    assert best == min(rows.SCALES, key=lambda scale: abs(scale - peak)) == placed[-1]
+    assert found == {str(scale): -abs(scale - peak) / 2 for scale in sorted(set(placed))}
+    way = sorted((rows.SCALES.index(rows.FIRST), rows.SCALES.index(best)))
+    assert len(found) <= way[1] - way[0] + 3
 
 
 def test_heads_learn_and_fine_tuning_lowers_the_loss_under_any(place, tmp_path):
