@@ -104,6 +104,7 @@ class Engine:
         self.max_model_len = longest(self.model, limits)
         self.default_max_tokens = limits.default_max_tokens
         self.runner, self.adapters, self.scheduler = assemble(self.model, limits, adapters, impl)
+        self._end_tokens = _end_tokens(self.model, self.tokenizer)
         self.guides = Guides(self.tokenizer, self.num_logits, self._end_tokens)
         self.sampler = Sampler(self.guides)
         self.routing = Routing()
@@ -372,8 +373,7 @@ class Engine:
 
     def _advance(self, ticket: Ticket, token: int, score: TokenLogprob | None) -> None:
         request, sampling = ticket.request, ticket.request.sampling
-        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._end_tokens)
-        if token in ends:
+        if token in sampling.stop_token_ids or (token in self._end_tokens and not sampling.ignore_eos):
             self._end(ticket, "stop")
             return
         request.output.append(token)
@@ -400,13 +400,6 @@ class Engine:
             log.exception("the receiver of request %s failed; the request is cancelled", ticket.request.id)
             ticket.request.on_delta = None
             self.cancel(ticket)
-
-    @property
-    def _end_tokens(self) -> set[int]:
-        config = getattr(self.model, "generation_config", None)
-        ends = getattr(config, "eos_token_id", None)
-        found = set(ends) if isinstance(ends, list) else {ends}
-        return {end for end in found | {self.tokenizer.eos_token_id} if isinstance(end, int)}
 
     def _end(
         self,
@@ -526,6 +519,13 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """Return the ids that end an answer."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = set(ends) if isinstance(ends, list) else {ends}
+    return {end for end in found | {tokenizer.eos_token_id} if isinstance(end, int)}
 
 
 def _settle(device: torch.device) -> None:
