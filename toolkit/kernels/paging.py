@@ -51,8 +51,11 @@ def gather(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tenso
 
 def store(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
     """Write the keys or values of new tokens, `[T, G, D]`, into their slots; pages may lie apart."""
-    page = cache.shape[1]
-    cache.index_put_((slots // page, slots % page), values.to(cache.dtype))
+    page, values = cache.shape[1], values.to(cache.dtype)
+    if cache.stride(0) == page * cache.stride(1):  # the pages are one plain run of tokens
+        cache.flatten(0, 1).index_copy_(0, slots, values)
+    else:
+        cache.index_put_((slots // page, slots % page), values)
 
 
 def visible(

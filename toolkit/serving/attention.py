@@ -112,7 +112,7 @@ def paged_attention(
         starts = [row - rows[n] for row in rows[n:]]
         out = prefill_attention(q[rows[n] :], k_cache, v_cache, starts, batch.lengths[n:], batch.tables[n:], **options)
         parts.append(out[0])
-    return torch.cat(parts)[None], None
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
 def _layer(module: nn.Module) -> int:

@@ -217,17 +217,19 @@ class Runner:
 
 def _ordered(step: Sequence[Work]) -> list[Work]:
     """Put single tokens first, for they attend in one batched product; of each part, the rows of an adapter lie
-    together, and what is long before what is short, so that neighbours have as much to attend to."""
-    longest: dict[str, int] = {}
-    for work in step:
+    together, and what is long before what is short, so that neighbours have as much to attend to; among equals, what
+    lies first in the memory."""
+    own = [(-work.request.num_computed, work.request.blocks[0].pages[0]) for work in step]
+    first: dict[str, tuple[int, int]] = {}
+    for work, at in zip(step, own, strict=True):
         identity = work.request.mix.identity
-        longest[identity] = max(longest.get(identity, 0), work.request.num_computed)
+        first[identity] = min(first.get(identity, at), at)
 
-    def place(work: Work) -> tuple[bool, int, str, int]:
-        identity = work.request.mix.identity
-        return work.count > 1, -longest[identity], identity, -work.request.num_computed
+    def place(index: int) -> tuple[bool, tuple[int, int], str, tuple[int, int]]:
+        identity = step[index].request.mix.identity
+        return step[index].count > 1, first[identity], identity, own[index]
 
-    return sorted(step, key=place)
+    return [step[index] for index in sorted(range(len(step)), key=place)]
 
 
 def _kept(work: Work) -> list[int]:
