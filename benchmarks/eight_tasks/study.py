@@ -54,6 +54,10 @@ class Settings:
     steps: int = 200
     batch_size: int = 16
 
+    def numbers(self) -> dict[str, Any]:
+        """Return all but the places of files."""
+        return {key: value for key, value in asdict(self).items() if not isinstance(value, Path)}
+
     def stamp(self, folder: Path) -> None:
         """Note the settings in a folder, or refuse one that holds results of others.
 

@@ -16,6 +16,7 @@ from benchmarks.eight_tasks import __main__ as study
 from benchmarks.eight_tasks import encoder, make_data, rows
 from benchmarks.eight_tasks.data import SHIFTS, read_tasks, shifted
 from benchmarks.eight_tasks.report import spread
+from benchmarks.eight_tasks.study import Study
 from tests import tiny
 from tests.merge.learned import problems
 from toolkit.errors import DataError, MissingError
@@ -70,7 +71,7 @@ def test_a_stopped_run_goes_on_and_writes_everything(place, monkeypatch, capsys)
 
 
 def check_results(out: Path) -> None:
-    (measured,) = json.loads((out / "results.json").read_text())["seeds"]
+    ((_, measured),) = [(s["seed"], s["rows"]) for s in json.loads((out / "results.json").read_text())["seeds"]]
     names = {"zero-shot", "individual", "joint training", *rows.STATIC, "AdaMerging (task)", "AdaMerging (layer)"}
     assert names | {"aTLAS", "Self Positioning", "TALL masks", "1-bit deltas"} <= set(measured)
     table = (out / "table.md").read_text()
@@ -87,7 +88,7 @@ def check_results(out: Path) -> None:
 
 def test_zero_shot_and_scaled_rows_against_another_program(place, tmp_path):
     """The accuracy of the untouched encoder, and of base + scale * change, row by row with plain transformers."""
-    from benchmarks.eight_tasks.study import Settings, Study
+    from benchmarks.eight_tasks.study import Settings
 
     settings = Settings(place / "data", place / "base", epochs=1, rate=1e-3)
     made = Study(settings, tmp_path, 0, quiet=True)
@@ -159,12 +160,39 @@ def test_heads_learn_and_fine_tuning_lowers_the_loss_under_any(place, tmp_path):
 def test_shifted_inputs_lora_and_several_seeds(place):
     assert run(place, "lora", "--lora", "2", "--seeds", "2", "--shifted") == 0
     results = json.loads((place / "lora" / "results.json").read_text())
-    assert len(results["seeds"]) == len(results["shifted"]) == 2
-    assert set(results["shifted"][0]) == set(SHIFTS)
+    assert [seed["seed"] for seed in results["seeds"]] == [0, 1]
+    assert set(results["seeds"][1]["shifted"]) == set(SHIFTS)
     table = (place / "lora" / "table.md").read_text()
     assert "± " in table
     assert "| individual, patched by a signature |" in table
-    assert results["seeds"][0]["individual"]["bytes"] < 2 * results["seeds"][0]["zero-shot"]["bytes"]
+    rows = results["seeds"][0]["rows"]
+    assert rows["individual"]["bytes"] < 2 * rows["zero-shot"]["bytes"]
+
+
+def test_seeds_of_several_runs_are_joined(place, monkeypatch, capsys):
+    """As if each had been measured elsewhere; what does not belong together is refused before anything is computed."""
+
+    def measured(made: Study) -> dict[str, rows.Row]:
+        row = {"accuracy": {"task0": 50.0 + made.seed, "task1": 60.0}, "bytes": 1, "data": "none"}
+        return {"zero-shot": row, "individual": row}
+
+    monkeypatch.setattr(study, "all_rows", measured)
+    monkeypatch.setattr(Study, "prepare", lambda made: None)
+    assert run(place, "one") == 0
+    first = str(place / "one" / "results.json")
+    assert run(place, "two", "--first-seed", "1", "--seeds", "2", "--join", first) == 0
+    assert "3 seeds" in capsys.readouterr().out
+    results = json.loads((place / "two" / "results.json").read_text())
+    assert [seed["seed"] for seed in results["seeds"]] == [0, 1, 2]
+    assert "| zero-shot | 51.0 | 60.0 | 55.5 ± 0.5 |" in (place / "two" / "table.md").read_text()
+
+    assert run(place, "three", "--join", first) == 1
+    assert f"--join {first}: seed 0 is there twice; --first-seed runs another" in capsys.readouterr().err
+    assert run(place, "three", "--first-seed", "1", "--evaluated", "5", "--join", first) == 1
+    assert f"--join {first}: its settings are others: evaluated None, not 5" in capsys.readouterr().err
+    assert run(place, "three", "--join", str(place / "base" / "config.json")) == 1
+    assert "config.json: no results of this study (KeyError: 'settings')" in capsys.readouterr().err
+    assert not (place / "three").exists()
 
 
 def test_layout_is_checked(place, tmp_path):
