@@ -12,6 +12,7 @@ on, since a request that alone would not fit is refused at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from toolkit.errors import RequestError
@@ -30,9 +31,9 @@ class Work:
     request: Request
     count: int
 
-    @property
+    @cached_property
     def completes(self) -> bool:
-        """Whether all tokens are computed after it, so that the next one can be sampled."""
+        """Whether all tokens are computed after it, so that the next one can be sampled; as it was planned."""
         return self.count == self.request.num_pending
 
 
