@@ -98,6 +98,10 @@ def workers(pythons: Mapping[str, str | Path], folder: Path, size: str) -> Itera
         yield found
 
 
+SHORT, SHORT_TURNS = 1024, 3
+"""Tokens of a case that is short, which takes about a second, and how often a round has it."""
+
+
 @dataclass
 class Results:
     """What was measured.
@@ -127,13 +131,20 @@ class Results:
         return sum(one == other for one, other in zip(ours, theirs, strict=True)), len(ours)
 
 
+def _turns(cases: Sequence[str]) -> list[str]:
+    """Return the cases of a round: short ones come several times, in turn, for what disturbs a machine lasts as long as
+    they do."""
+    short = [case for case in cases if CASES[case].tokens <= SHORT]
+    return SHORT_TURNS * short + [case for case in cases if case not in short]
+
+
 def measure(found: Mapping[str, Worker], cases: Sequence[str], repeat: int) -> Results:
     """Run every case on every engine that can answer it, after one round that is not counted; then again, in turn."""
     results = Results()
     for worker in found.values():
         results.versions |= worker.versions
     for round_ in range(repeat + 1):
-        for case in cases:
+        for case in _turns(cases) if round_ else cases:
             for engine, worker in found.items():
                 if case in RUNS[engine]:
                     answer = worker.ask(case)
