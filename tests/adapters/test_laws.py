@@ -125,7 +125,7 @@ class TestLaws:
         folder = save(model, tmp_path)
         loaded = PeftModel.from_pretrained(tiny.llama(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
         assert same_bits(bits(loaded), bits(model))
-        assert torch.equal(logits(loaded), logits(model))
+        torch.testing.assert_close(logits(loaded), logits(model))
         assert not any(value.requires_grad for value in loaded.parameters())
 
     @pytest.mark.parametrize("make", [tiny.llama, gpt2])
@@ -138,7 +138,7 @@ class TestLaws:
             found = plain.load_adapter(str(folder))
         assert not found.missing_keys
         assert not found.unexpected_keys
-        assert torch.equal(logits(plain), logits(model))
+        torch.testing.assert_close(logits(plain), logits(model))
         plain.delete_adapter("default")
         assert not any(f"{method}_" in name for name, _ in plain.named_parameters())
 

@@ -61,8 +61,8 @@ class Case:
                 y[row] += self.deltas.scale_SN[task].to(dtype) * (change @ self.x[row].to(dtype))
         return y
 
-    def check(self, got):
-        check_stick(got, self.exact(), self.exact(self.y.dtype))
+    def check(self, got, slack=1.0):
+        check_stick(got, self.exact(), self.exact(self.y.dtype), slack=slack)
 
 
 @IMPLS
@@ -87,7 +87,7 @@ def test_bfloat16(impl, mask):
 def test_odd_shapes(impl, shape):
     for mask in (True, False):
         case = Case([2, -1, 2, 0], shape=shape, mask=mask)
-        case.check(case.run(impl))
+        case.check(case.run(impl), slack=2)
 
 
 @pytest.mark.parametrize("tasks", [TASKS, [1] * 70 + [-1] + [0] * 35, [3] * 17], ids=["few", "many", "one more"])
