@@ -58,7 +58,7 @@ def joined(file: Path, settings: Settings, others: Set[int]) -> dict[int, Seed]:
     """
     try:
         there = json.loads(file.read_text(encoding="utf-8"))
-        numbers, seeds = there["settings"], {seed["seed"]: seed for seed in there["seeds"]}
+        numbers, seeds = dict(there["settings"]), {seed["seed"]: seed for seed in there["seeds"]}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"--join {file}: no results of this study ({type(error).__name__}: {error})") from None
     different = [

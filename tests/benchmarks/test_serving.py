@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import Cost
 from benchmarks.serving.__main__ import ratio_table, ratios, table, why_no_vllm
-from benchmarks.serving.drive import RUNS, Results
+from benchmarks.serving.drive import RUNS, Results, _turns
 from benchmarks.serving.hf import make as hf
 from benchmarks.serving.ours import make as ours_of
 from benchmarks.serving.work import CASES, POSITIONS, SIZES, write_adapter, write_all, write_base
@@ -95,6 +95,10 @@ def test_ratios_are_of_medians():
     lines = list(table(results, ["toolkit", "PEFT"], ["base", "16 adapters"]))
     assert lines[2:] == ["| base | 256 |  |  |", "| 16 adapters | 128 | 64 | PEFT 1/2 |"]
     assert "| 16 adapters | our own base | 0.50 | 0.8 |" in list(ratio_table(results, "17M"))
+
+
+def test_short_cases_come_three_times_in_turn():
+    assert _turns(["base", "64 adapters", "16 adapters"]) == [*["base", "16 adapters"] * 3, "64 adapters"]
 
 
 def test_prefill_counts_the_prompts():

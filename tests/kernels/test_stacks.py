@@ -87,6 +87,20 @@ def test_adapters_with_about_equally_many_rows_share_a_product(counts, weighted,
     assert stacked == (set(range(len(counts))) if is_stacked else few if len(few) >= FEWEST else set())
 
 
+@pytest.mark.parametrize("pages", [[3, 4, 5, 6], [3, 5, 4, 6], [6, 5, 4, 3]], ids=str)
+def test_pages_in_any_order_hold_what_was_placed(pages):
+    """Rows that fill their pages are copied at once only where the pages follow each other."""
+    generator = torch.Generator().manual_seed(2)
+    pairs = PagedPairs(torch.full((8, 64), torch.nan), 32, (32,), 1)
+    placed = Pair(torch.randn(4, 32, generator=generator), torch.randn(32, 4, generator=generator))
+    assert pairs.pages_for([placed]) == len(pages)
+    pairs.place(0, [placed], pages)
+    read = pairs.read(0, 0)
+    assert read is not None
+    assert torch.equal(read.a_rK, placed.a_rK)
+    assert torch.equal(read.b_Nr, placed.b_Nr)
+
+
 def test_an_adapter_that_is_placed_anew_in_the_same_slot_is_copied_anew():
     generator = torch.Generator().manual_seed(0)
     pairs = PagedPairs(torch.zeros(100, 64, dtype=torch.float64), K, WIDTHS, 3)

@@ -1,7 +1,6 @@
 """LoRA of many adapters in one batch."""
 
 from toolkit.kernels.grouped_lora.api import (
-    PagedForm,
     Pair,
     Segment,
     grouped_lora,
@@ -13,7 +12,6 @@ from toolkit.kernels.grouped_lora.pages import PagedPairs
 from toolkit.kernels.grouped_lora.routes import Routes
 
 __all__ = [
-    "PagedForm",
     "PagedPairs",
     "Pair",
     "Routes",

@@ -5,9 +5,9 @@ Shape suffixes: T rows, K input features, N output features, r rank of one adapt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from toolkit.kernels.impl import Impl, resolve
 
@@ -19,21 +19,6 @@ if TYPE_CHECKING:
 
 MAX_LINEARS = 3
 """Linears that one launch serves: q, k and v."""
-
-
-class PagedForm(Protocol):
-    """A form of `paged_lora`, whose arguments are the same."""
-
-    def __call__(
-        self,
-        ys: Sequence[torch.Tensor],
-        x: torch.Tensor,
-        routes: Routes,
-        pairs: PagedPairs,
-        biases: Sequence[torch.Tensor | None],
-    ) -> None:
-        """See `paged_lora`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -143,10 +128,11 @@ def paged_lora(
     run(ys, x, routes, pairs, biases)
 
 
-def paged_lora_form(device: torch.device, impl: Impl | None = None) -> PagedForm:
+def paged_lora_form(device: torch.device, impl: Impl | None = None) -> Callable[..., None]:
     """Return what `paged_lora` runs once it has checked its arguments, for callers whose own fit by construction.
 
-    On a CPU the checks take as long as the products of a small model.
+    An engine calls it at every linear in every step. Its arguments are those of `paged_lora`, in order and without
+    `impl`; biases must be given.
 
     Args:
         device: of the tensors.
